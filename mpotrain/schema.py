@@ -1,0 +1,60 @@
+"""The one decorator behind every configuration section (torch is never imported here).
+
+A section is a frozen, keyword-only dataclass that stands beside the code it configures. pydantic
+validates it at the boundary (`mpotrain.config`): strict numbers, unknown keys forbidden. The
+string under a field is its documentation and its text in the JSON schema.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar, dataclass_transform
+
+from pydantic import ConfigDict
+
+T = TypeVar("T")
+
+STRICT = ConfigDict(
+    extra="forbid",
+    strict=True,
+    use_attribute_docstrings=True,
+    allow_inf_nan=False,
+)
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def config(cls: type[T]) -> type[T]:
+    """Turn a class into a configuration section.
+
+    Args:
+        cls: a class with annotated fields; tagged unions carry `kind: Literal["..."] = "..."`.
+
+    Returns:
+        The frozen, keyword-only dataclass; unknown keys are refused when pydantic builds it.
+    """
+    cls.__pydantic_config__ = STRICT  # type: ignore[attr-defined]
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+def to_dict(section: Any) -> dict[str, Any]:
+    """Return a configuration section as plain dicts and lists, without `None` entries.
+
+    Args:
+        section: an instance of a class made by `config`.
+
+    Returns:
+        Nested dicts and lists that TOML and JSON can hold; `None` (absent in TOML) is left out.
+    """
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+            return {name: plain(item) for name, item in fields if item is not None}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        if isinstance(value, dict):
+            return {str(key): plain(item) for key, item in value.items() if item is not None}
+        return value
+
+    result: dict[str, Any] = plain(section)
+    return result
