@@ -1,0 +1,1 @@
+"""Matrix product operators as mathematics: specs, plans, contractions, decompositions."""
