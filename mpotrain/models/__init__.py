@@ -1,0 +1,1 @@
+"""Whole networks: forward(batch) -> LossOutput."""

@@ -1,0 +1,1 @@
+"""Single-device layers; nothing here knows about processes."""

@@ -1,0 +1,114 @@
+"""How one weight matrix is represented: dense, or as a matrix product operator (no torch)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mpotrain.errors import SpecError
+from mpotrain.schema import config
+from mpotrain.tensor.spec import MPOSpec, mpo_spec, ttm_spec
+
+PlanChoice = Literal["auto", "materialise", "chain", "groups"]
+
+
+@config
+class DenseSite:
+    """An ordinary matrix."""
+
+    kind: Literal["dense"] = "dense"
+    bias: bool = True
+    """Whether the layer has a bias vector (sites without one by nature ignore it)."""
+
+    def spec(self, in_features: int, out_features: int) -> MPOSpec | None:
+        """Return None: a dense matrix has no cores."""
+        return None
+
+
+@config
+class MPOSite:
+    """A matrix product operator with modes of your choice.
+
+    With neither `bonds` nor `cap` the bonds are exact: the operator can hold any matrix.
+    """
+
+    kind: Literal["mpo"] = "mpo"
+    in_modes: tuple[int, ...]
+    """Factors of the input size, one for each core; a product above the size means padding."""
+    out_modes: tuple[int, ...]
+    """Factors of the output size, one for each core; the shorter list is filled with ones."""
+    bonds: tuple[int, ...] | None = None
+    """Inner bond dimensions, one fewer than cores."""
+    cap: int | None = None
+    """One bound for all bonds, instead of `bonds`."""
+    layout: Literal["ttm", "tt"] = "ttm"
+    """`ttm`: core k carries input and output mode k. `tt`: output modes first, then inputs."""
+    bias: bool = True
+    """Whether the layer has a bias vector (sites without one by nature ignore it)."""
+    init: Literal["gaussian_qr", "balanced", "xavier"] = "gaussian_qr"
+    """Initialiser of the cores; it fixes the standard deviation of the rebuilt matrix."""
+    plan: PlanChoice = "auto"
+    """Contraction plan: the cheapest by the cost model, or one kind by name."""
+    keep_weight: bool = False
+    """Keep the rebuilt matrix for the backward pass (a little faster, more memory)."""
+
+    def spec(self, in_features: int, out_features: int) -> MPOSpec:
+        """Return the operator of an `in_features` x `out_features` matrix.
+
+        Raises:
+            SpecError: the modes or bonds do not fit these sizes.
+        """
+        return mpo_spec(
+            in_features,
+            out_features,
+            self.in_modes,
+            self.out_modes,
+            bonds=self.bonds,
+            cap=self.cap,
+            layout=self.layout,
+        )
+
+
+@config
+class TTMSite:
+    """The shape rule of TTM GPT-2 (Chekalina et al. 2023): modes follow from the rank."""
+
+    kind: Literal["ttm"] = "ttm"
+    rank: int
+    """Bond dimension of all inner bonds, and the size at which modes are grouped."""
+    bias: bool = True
+    """Whether the layer has a bias vector (sites without one by nature ignore it)."""
+    init: Literal["gaussian_qr", "balanced", "xavier"] = "gaussian_qr"
+    """Initialiser of the cores; it fixes the standard deviation of the rebuilt matrix."""
+    plan: PlanChoice = "auto"
+    """Contraction plan: the cheapest by the cost model, or one kind by name."""
+    keep_weight: bool = False
+    """Keep the rebuilt matrix for the backward pass (a little faster, more memory)."""
+
+    def spec(self, in_features: int, out_features: int) -> MPOSpec:
+        """Return the operator that the published rule gives for these sizes."""
+        return ttm_spec(in_features, out_features, self.rank)
+
+
+SiteConfig = Annotated[DenseSite | MPOSite | TTMSite, Field(discriminator="kind")]
+
+
+def site_problems(
+    site: DenseSite | MPOSite | TTMSite, shape: tuple[int, int], where: str
+) -> list[str]:
+    """Return what is wrong with `site` for a matrix of `shape` (in, out).
+
+    Args:
+        site: the representation asked for.
+        shape: sizes (in_features, out_features) of the matrix.
+        where: dotted key of the site, at the head of every line.
+
+    Returns:
+        One line for each problem; empty when the operator exists.
+    """
+    try:
+        site.spec(*shape)
+    except SpecError as error:
+        return [f"{where}: {line}" for line in str(error).splitlines()]
+    return []
