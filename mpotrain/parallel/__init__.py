@@ -1,0 +1,1 @@
+"""Ranks, worlds and how a global batch is laid out over them."""

@@ -1,0 +1,147 @@
+"""How a global batch is cut into micro-batches over accumulation and ranks (no torch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mpotrain.errors import ParallelError
+from mpotrain.schema import config
+
+
+@config
+class ParallelConfig:
+    """Parallel degrees. They stand in the run file; the world that was started is checked."""
+
+    data: int | None = None
+    """Expected number of data-parallel ranks; absent = whatever was started, if it divides."""
+
+    def problems(self, where: str) -> list[str]:
+        """Return everything wrong with the degrees themselves, one line each.
+
+        Args:
+            where: dotted key of this section.
+        """
+        if self.data is not None and self.data < 1:
+            return [f"{where}.data: {self.data} ranks; give at least 1, or leave it out"]
+        return []
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """Cut of one step's global batch.
+
+    Micro-batch m (0 <= m < num_microbatches) holds samples [m * micro, (m + 1) * micro) of the
+    step; data-parallel rank r computes micro-batch m = a * world_size + r in its slot a.
+
+    Attributes:
+        global_batch_size: sequences in an optimizer step, over all ranks.
+        micro_batch_size: sequences in one forward pass of one rank.
+        world_size: data-parallel ranks.
+        num_microbatches: micro-batches in a step, over all ranks.
+        accumulation: micro-batches in a step on each rank.
+    """
+
+    global_batch_size: int
+    micro_batch_size: int
+    world_size: int
+    num_microbatches: int
+    accumulation: int
+
+    def microbatch(self, slot: int, rank: int) -> int:
+        """Return the number inside the step of the micro-batch of `rank` in slot `slot`."""
+        return slot * self.world_size + rank
+
+
+def batch_layout(global_batch_size: int, micro_batch_size: int, world_size: int) -> BatchLayout:
+    """Cut a global batch evenly.
+
+    Args:
+        global_batch_size: sequences in an optimizer step.
+        micro_batch_size: sequences in one forward pass of one rank.
+        world_size: data-parallel ranks.
+
+    Returns:
+        The layout; every rank gets the same number of full micro-batches.
+
+    Raises:
+        ParallelError: sizes below 1, or sizes that do not divide; with the nearest valid choices.
+    """
+    found = _division_problems(global_batch_size, micro_batch_size, world_size)
+    if found:
+        raise ParallelError("\n".join(found))
+    num_microbatches = global_batch_size // micro_batch_size
+    return BatchLayout(
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        world_size=world_size,
+        num_microbatches=num_microbatches,
+        accumulation=num_microbatches // world_size,
+    )
+
+
+def batch_problems(
+    global_batch_size: int,
+    micro_batch_size: int,
+    world_size: int,
+    parallel: ParallelConfig | None = None,
+) -> list[str]:
+    """Return why the world that was started cannot run these batch sizes.
+
+    Args:
+        global_batch_size: sequences in an optimizer step.
+        micro_batch_size: sequences in one forward pass of one rank.
+        world_size: number of processes that were started.
+        parallel: expected degrees, checked against the world.
+
+    Returns:
+        One line for each problem, beginning with its dotted key; empty when all fits.
+    """
+    found = [] if parallel is None else parallel.problems("parallel")
+    expected = None if parallel is None else parallel.data
+    if not found and expected is not None and expected != world_size:
+        found.append(
+            f"parallel.data: {expected} ranks are expected, but the world has {world_size}; start "
+            f"{expected} processes, or change parallel.data to {world_size}"
+        )
+    return found + _division_problems(global_batch_size, micro_batch_size, world_size)
+
+
+def _division_problems(global_size: int, micro: int, world: int) -> list[str]:
+    found = [
+        f"{key}: {value}; it must be at least 1"
+        for key, value in (
+            ("train.global_batch_size", global_size),
+            ("train.micro_batch_size", micro),
+            ("parallel.data", world),
+        )
+        if value < 1
+    ]
+    if found or global_size % (micro * world) == 0:
+        return found
+    choices = [f"train.global_batch_size={_either(_multiples(global_size, micro * world))}"]
+    if global_size % world == 0:
+        micros = _divisors_near(global_size // world, micro)
+        choices.append(f"train.micro_batch_size={_either(micros)}")
+    if global_size % micro == 0:
+        choices.append(f"{_either(_divisors_near(global_size // micro, world))} ranks")
+    return [
+        f"train.global_batch_size: {global_size} sequences cannot be cut into micro-batches of "
+        f"{micro} on {world} ranks ({global_size} is no multiple of {micro} x {world} = "
+        f"{micro * world}); nearest valid choices: {', or '.join(choices)}"
+    ]
+
+
+def _multiples(value: int, unit: int) -> list[int]:
+    below = value // unit * unit
+    return [choice for choice in (below, below + unit) if choice > 0]
+
+
+def _divisors_near(value: int, wanted: int) -> list[int]:
+    divisors = [d for d in range(1, value + 1) if value % d == 0]
+    below = [d for d in divisors if d <= wanted]
+    above = [d for d in divisors if d > wanted]
+    return [*below[-1:], *above[:1]]
+
+
+def _either(values: list[int]) -> str:
+    return " or ".join(str(value) for value in values)

@@ -1,0 +1,34 @@
+"""Seeds that are pure functions of counters, so that no random state is ever saved (no torch)."""
+
+from __future__ import annotations
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def microbatch_seed(seed: int, step: int, microbatch: int) -> int:
+    """Return the seed of one micro-batch's randomness (dropout, masking).
+
+    The three counters pass one after another through the finalizer of splitmix64 (Steele, Lea,
+    Flood 2014), each spread by the golden ratio first, so that neighbours in any of them share
+    no structure. The result depends on no rank: any world size draws the same masks.
+
+    Args:
+        seed: seed of the run.
+        step: optimizer step.
+        microbatch: number of the micro-batch inside the step, over all ranks.
+
+    Returns:
+        An integer in [0, 2**63), which `torch.manual_seed` takes.
+    """
+    state = _mix(seed & _MASK)
+    state = _mix(state ^ ((step * _GOLDEN) & _MASK))
+    state = _mix(state ^ ((microbatch * _GOLDEN) & _MASK))
+    return state >> 1
+
+
+def _mix(value: int) -> int:
+    value = (value + _GOLDEN) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
