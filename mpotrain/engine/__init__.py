@@ -1,0 +1,1 @@
+"""Engines: the back ends that turn micro-batches into one optimizer step."""

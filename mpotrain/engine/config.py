@@ -1,0 +1,131 @@
+"""Sections of the run file that choose and tune the engine (no torch)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mpotrain.schema import config
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["fp32", "bf16"]
+
+
+@config
+class LocalConfig:
+    """One process, plain torch: the reference that every other engine is held against."""
+
+    kind: Literal["local"] = "local"
+    """Name of the engine."""
+    dtype: Dtype = "fp32"
+    """What the model computes in; parameters, gradients and moments stay fp32."""
+    device: Device = "auto"
+    """Where to compute; "auto" takes CUDA where there is any."""
+
+
+@config
+class DeepSpeedConfig:
+    """DeepSpeed ZeRO over any number of data-parallel ranks (Rajbhandari et al. 2020)."""
+
+    kind: Literal["deepspeed"] = "deepspeed"
+    """Name of the engine."""
+    dtype: Dtype = "fp32"
+    """Dtype of weights and activations; masters, moments and gradient sums are always fp32."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What ranks split: 0 nothing, 1 optimizer state, 2 gradients as well, 3 weights as well."""
+    offload_optimizer: bool = False
+    """Keep masters and moments in host memory and update there (stage 1 and higher)."""
+    offload_parameters: bool = False
+    """Keep split weights in host memory (stage 3)."""
+    reduce_dtype: Dtype = "fp32"
+    """Dtype in which gradients are summed over ranks; bf16 halves the traffic of bf16 weights and
+    loses bits as the world grows."""
+    overlap_communication: bool = True
+    """Reduce gradients while backward goes on (stages 2 and 3)."""
+    reduce_bucket_elements: int = 50_000_000
+    """Gradient elements reduced in one message; two such buffers are held."""
+    gather_bucket_elements: int = 50_000_000
+    """Updated weight elements gathered in one message (stages 1 and 2)."""
+    prefetch_elements: int = 50_000_000
+    """Weight elements fetched ahead of their use (stage 3)."""
+    persistence_threshold: int = 100_000
+    """Weights up to this size are never split (stage 3): most cores stay whole on every rank."""
+    max_live_elements: int = 1_000_000_000
+    """Weight elements held whole at a time (stage 3)."""
+    device: Device = "auto"
+    """Where to compute; "auto" takes CUDA where there is any."""
+
+
+EngineConfig = Annotated[LocalConfig | DeepSpeedConfig, Field(discriminator="kind")]
+"""The engine section: tagged by `kind`."""
+
+
+def problems(
+    engine: LocalConfig | DeepSpeedConfig, world_size: int | None, where: str
+) -> list[str]:
+    """Return every combination that cannot run, one line each, with the reason.
+
+    Args:
+        engine: the section.
+        world_size: number of processes where it is known.
+        where: dotted key of the section.
+    """
+    if isinstance(engine, LocalConfig):
+        return _local_problems(world_size, where)
+    return _zero_problems(engine, where) + _size_problems(engine, where)
+
+
+def _local_problems(world_size: int | None, where: str) -> list[str]:
+    if world_size is None or world_size == 1:
+        return []
+    return [
+        f"{where}.kind: the local engine runs one process, but the world has {world_size}; "
+        f'start one process, or set {where}.kind="deepspeed"'
+    ]
+
+
+def _zero_problems(engine: DeepSpeedConfig, where: str) -> list[str]:
+    found = []
+    if engine.dtype == "bf16" and engine.zero_stage == 0:
+        found.append(
+            f"{where}.zero_stage: 0 with 16-bit weights is refused: DeepSpeed 0.19.8 sets up its "
+            "optimizer there by a real step with zero gradients, so training would start with "
+            "Adam's counter at 1 and weights already decayed; use stage 1, or dtype fp32"
+        )
+    if engine.reduce_dtype == "bf16" and engine.dtype != "bf16":
+        found.append(
+            f"{where}.reduce_dtype: bf16 sums beside {engine.dtype} weights lose what the weights "
+            "keep; use fp32"
+        )
+    if engine.offload_optimizer and engine.zero_stage == 0:
+        found.append(
+            f"{where}.offload_optimizer: stage 0 keeps the optimizer whole on the device and has "
+            "nothing to offload; use stage 1, 2 or 3"
+        )
+    if engine.offload_parameters and engine.zero_stage != 3:
+        found.append(
+            f"{where}.offload_parameters: only stage 3 splits weights, and only split weights are "
+            f"offloaded (stage is {engine.zero_stage}); use stage 3"
+        )
+    if engine.offload_parameters and not engine.offload_optimizer:
+        found.append(
+            f"{where}.offload_parameters: weights in host memory beside masters on the device save "
+            "the smaller part; set offload_optimizer=true as well"
+        )
+    return found
+
+
+def _size_problems(engine: DeepSpeedConfig, where: str) -> list[str]:
+    at_least = {
+        "reduce_bucket_elements": 1,
+        "gather_bucket_elements": 1,
+        "prefetch_elements": 0,
+        "persistence_threshold": 0,
+        "max_live_elements": 0,
+    }
+    return [
+        f"{where}.{key}: {getattr(engine, key)}; it must be at least {least}"
+        for key, least in at_least.items()
+        if getattr(engine, key) < least
+    ]

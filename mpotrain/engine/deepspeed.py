@@ -1,0 +1,236 @@
+"""The DeepSpeed engine: ZeRO stages 0 to 3 in fp32, 1 to 3 in bf16, with offload."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpotrain.batch import Batch
+from mpotrain.engine.base import (
+    WEIGHT,
+    EvalResult,
+    StateReader,
+    StateTensor,
+    StepGuard,
+    StepResult,
+    skip_reason,
+)
+from mpotrain.engine.config import DeepSpeedConfig, problems
+from mpotrain.engine.deepspeed_json import deepspeed_json
+from mpotrain.engine.deepspeed_modules import LossModule, StepGate, whole_parameters
+from mpotrain.engine.deepspeed_partition import partition_of
+from mpotrain.engine.deepspeed_start import start_deepspeed
+from mpotrain.engine.deepspeed_state import export_fragments, import_fragments
+from mpotrain.engine.evaluation import evaluate_batches
+from mpotrain.engine.gradients import (
+    check_parameter_groups,
+    norms_by_role,
+    set_learning_rate,
+    squares_by_role,
+    total_norm,
+)
+from mpotrain.engine.state import host_copy
+from mpotrain.errors import ConfigError, ParallelError
+from mpotrain.nn.roles import Role, role_of
+from mpotrain.parallel.ranks import World, microbatch_seed
+
+
+class DeepSpeedEngine:
+    """ZeRO data parallelism behind the seam of `Engine`.
+
+    DeepSpeed reduces gradients, clips and updates. This class decides what DeepSpeed cannot: the
+    loss is normalised by the tokens of the whole global batch, the gradient norm is the same
+    number in every stage, and an update can be refused.
+
+    Attributes:
+        world: the ranks.
+        model: the bare model.
+        num_updates: updates applied so far.
+        json: the configuration that DeepSpeed got.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.AdamW,
+        *,
+        config: DeepSpeedConfig,
+        world: World,
+        seed: int,
+        clip_norm: float | None,
+        micro_batch_size: int,
+        accumulation: int,
+        global_batch_size: int,
+    ) -> None:
+        """Hand a model and its optimizer to DeepSpeed.
+
+        Args:
+            model: returns a `LossOutput` for a `Batch`; fp32 parameters with the same values on
+                all ranks. Every parameter takes part in every micro-batch, and sub-modules pass
+                tensors (or tuples, lists, dicts of them): stage 3 sees no others.
+            optimizer: AdamW over the model's parameters; groups carry "lr_factor".
+            config: the engine section.
+            world: an initialised world with a process group.
+            seed: seed of the run, for dropout.
+            clip_norm: largest gradient norm that is let through; None = no clipping.
+            micro_batch_size: sequences in a forward pass.
+            accumulation: micro-batches in a step on each rank.
+            global_batch_size: sequences in a step over all ranks.
+
+        Raises:
+            ConfigError: an unsupported combination, or groups that do not fit the model.
+        """
+        found = problems(config, world.size, "engine") + check_parameter_groups(model, optimizer)
+        if found:
+            raise ConfigError(found)
+        self.world = world
+        self.model = model.to(world.device)
+        self.num_updates = 0
+        self._config = config
+        self._seed = seed
+        self._accumulation = accumulation
+        self._optimizer = optimizer
+        self._parameters = dict(model.named_parameters())
+        self._shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
+        self._gate = StepGate(optimizer)
+        self.json = deepspeed_json(
+            config,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            accumulation=accumulation,
+            clip_norm=clip_norm,
+            on_cuda=world.device.type == "cuda",
+        )
+        self._initialize()
+
+    def step(
+        self,
+        microbatches: Sequence[Batch],
+        *,
+        lr: float,
+        step: int,
+        guard: StepGuard | None = None,
+        detail: bool = False,
+    ) -> StepResult:
+        """Run one optimizer step; see `Engine.step`."""
+        if len(microbatches) != self._accumulation:
+            raise ParallelError(
+                f"rank {self.world.rank}: {len(microbatches)} micro-batches in step {step}, but "
+                f"the engine was built for {self._accumulation}"
+            )
+        num_tokens = self._count_tokens(microbatches)
+        loss_sum = self._accumulate(microbatches, step, num_tokens)
+        squares = squares_by_role(self._own_gradients(), self.world.device)
+        total, *by_role = self.world.all_reduce_sum(torch.cat([loss_sum, squares])).tolist()
+        loss, norm = total / max(num_tokens, 1), total_norm(by_role)
+        reason = skip_reason(loss, norm, num_tokens, guard)
+        set_learning_rate(self._optimizer, lr)
+        # DeepSpeed always runs its whole step, which also clears its gradients; what is refused is
+        # the one call in the middle that changes masters and moments.
+        with self._gate.passing(reason is None):
+            self._engine.step()
+        if reason is not None:
+            self._partition.drop_gradients()
+        self.num_updates += reason is None
+        roles = (role_of(p) for p in self._parameters.values())
+        return StepResult(
+            loss=loss,
+            grad_norm=norm,
+            grad_norm_by_role=norms_by_role(by_role, roles) if detail else None,
+            num_tokens=num_tokens,
+            skipped=reason is not None,
+            reason=reason,
+        )
+
+    def evaluate(self, batches: Iterable[Batch]) -> EvalResult:
+        """Return the loss over all ranks' batches; see `Engine.evaluate`."""
+        return evaluate_batches(
+            self._engine.module,
+            self._engine,
+            batches,
+            self.world,
+            lockstep=self._config.zero_stage == 3 and self.world.size > 1,
+        )
+
+    def export_state(self) -> Iterator[StateTensor]:
+        """Yield the training state parameter by parameter; see `Engine.export_state`."""
+        return export_fragments(
+            self._partition,
+            self._optimizer,
+            self._parameters,
+            self._shapes,
+            self.world,
+            self.num_updates,
+        )
+
+    def import_state(self, read: StateReader, num_updates: int) -> None:
+        """Replace the training state; see `Engine.import_state`."""
+        import_fragments(
+            self._partition, self._optimizer, self._parameters, self._shapes, read, num_updates
+        )
+        self.num_updates = num_updates
+
+    def full_parameters(self) -> AbstractContextManager[None]:
+        """Make all weights whole inside the block; see `Engine.full_parameters`."""
+        if self._config.zero_stage < 3:
+            return nullcontext()
+        return whole_parameters(self._deepspeed, self._engine, self.model)
+
+    def close(self) -> None:
+        """Release DeepSpeed's hooks and buffers; the world stays."""
+        self._engine.destroy()
+        self._gate.remove()
+
+    def _initialize(self) -> None:
+        self._deepspeed = start_deepspeed(self.world)
+        for parameter in self._parameters.values():
+            self.world.broadcast(parameter.data)
+        # DeepSpeed rounds the model to bf16 before it copies the masters: keep what was lost.
+        exact = {
+            name: host_copy(p)
+            for name, p in self._parameters.items()
+            if self._config.dtype == "bf16"
+        }
+        self._engine: Any = self._deepspeed.initialize(
+            model=LossModule(self.model, bare_call=self._config.zero_stage == 3),
+            optimizer=self._optimizer,
+            config=self.json,
+            dist_init_required=False,
+        )[0]
+        self._partition = partition_of(self._engine, self._config.zero_stage, self.world)
+        if exact:
+            self.import_state(lambda name: {WEIGHT: exact[name]}, 0)
+
+    def _count_tokens(self, microbatches: Sequence[Batch]) -> int:
+        count = torch.tensor(sum(batch.num_tokens for batch in microbatches), dtype=torch.int64)
+        return int(self.world.all_reduce_sum(count.to(self.world.device)))
+
+    def _accumulate(self, microbatches: Sequence[Batch], step: int, num_tokens: int) -> Tensor:
+        """Run all micro-batches; return this rank's summed loss, float64 (1,)."""
+        self._engine.train()
+        # DeepSpeed averages gradients over ranks; the product undoes it. Its division by the
+        # number of micro-batches is switched off.
+        scale = self.world.size / max(num_tokens, 1)
+        loss_sum = torch.zeros(1, dtype=torch.float64, device=self.world.device)
+        for slot, batch in enumerate(microbatches):
+            last = slot == len(microbatches) - 1
+            self._engine.set_gradient_accumulation_boundary(last)
+            number = slot * self.world.size + self.world.rank
+            torch.manual_seed(microbatch_seed(self._seed, step, number))
+            part: Tensor = self._engine(batch.to(self.world.device))
+            loss_sum += part.detach()
+            self._engine.backward(part * scale, scale_wrt_gas=False)
+        return loss_sum
+
+    def _own_gradients(self) -> Iterator[tuple[Role, Tensor]]:
+        if self._config.offload_optimizer and self.world.device.type == "cuda":
+            # Gradients travel to host memory on streams of their own.
+            torch.cuda.synchronize()
+        for parameter in self._parameters.values():
+            gradient = self._partition.gradient(parameter)
+            if gradient is not None:
+                yield role_of(parameter), gradient

@@ -1,0 +1,118 @@
+"""What a rank holds and sends, predicted from sizes alone (no torch).
+
+Bytes for each parameter follow from the engine: fp32 keeps the weight itself as master; 16-bit
+weights have fp32 masters beside them; AdamW keeps two fp32 moments. ZeRO-1 splits masters and
+moments over the ranks, ZeRO-2 gradients too, ZeRO-3 weights too (Rajbhandari et al. 2020).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mpotrain.engine.config import DeepSpeedConfig, EngineConfig
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class StateMemory:
+    """Bytes of training state on one rank's device.
+
+    Attributes:
+        weights: the weights the model computes with.
+        masters: fp32 copies beside 16-bit or flat weights; 0 where the weight is the master.
+        gradients: accumulated gradients.
+        moments: both moments of AdamW.
+        on_host: part of the above that lives in host memory (offload).
+    """
+
+    weights: int
+    masters: int
+    gradients: int
+    moments: int
+    on_host: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device."""
+        return self.weights + self.masters + self.gradients + self.moments - self.on_host
+
+
+@dataclass(frozen=True)
+class StepTraffic:
+    """Bytes that one rank sends in one optimizer step, by purpose.
+
+    Ring algorithms: all-reduce sends 2 (w-1)/w of the buffer, reduce-scatter and all-gather
+    (w-1)/w each, for a world of w ranks.
+
+    Attributes:
+        gradients: reduction of gradients.
+        weights: gathering of updated (ZeRO-1, 2) or needed (ZeRO-3) weights.
+    """
+
+    gradients: int
+    weights: int
+
+    @property
+    def total(self) -> int:
+        """All bytes sent in a step."""
+        return self.gradients + self.weights
+
+
+def state_memory(engine: EngineConfig, sizes: Sequence[int], world_size: int) -> StateMemory:
+    """Return the training state of one rank.
+
+    Args:
+        engine: the back end.
+        sizes: number of elements of every parameter.
+        world_size: data-parallel ranks.
+    """
+    count = sum(sizes)
+    if not isinstance(engine, DeepSpeedConfig):
+        return StateMemory(FP32 * count, 0, FP32 * count, 2 * FP32 * count)
+    stage = engine.zero_stage
+
+    def share(nbytes: int, from_stage: int) -> int:
+        return -(-nbytes // world_size) if stage >= from_stage else nbytes
+
+    width = 2 if engine.dtype == "bf16" else FP32
+    small = sum(size for size in sizes if size <= engine.persistence_threshold)
+    weights = width * small + share(width * (count - small), 3) if stage == 3 else width * count
+    masters = 0 if stage == 0 else share(FP32 * count, 1)
+    gradients = share(FP32 * count, 2)
+    moments = share(2 * FP32 * count, 1)
+    on_host = masters + moments if engine.offload_optimizer else 0
+    if engine.offload_parameters:
+        on_host += weights
+    return StateMemory(weights, masters, gradients, moments, on_host)
+
+
+def step_traffic(
+    engine: EngineConfig, sizes: Sequence[int], world_size: int, accumulation: int
+) -> StepTraffic:
+    """Return what one rank sends in a step.
+
+    Args:
+        engine: the back end.
+        sizes: number of elements of every parameter.
+        world_size: data-parallel ranks.
+        accumulation: micro-batches that a rank accumulates in a step.
+    """
+    if world_size == 1 or not isinstance(engine, DeepSpeedConfig):
+        return StepTraffic(0, 0)
+    part = (world_size - 1) / world_size
+    width = 2 if engine.dtype == "bf16" else FP32
+    count, stage = sum(sizes), engine.zero_stage
+    reduced = FP32 if engine.reduce_dtype == "fp32" else 2
+    if stage == 0:
+        return StepTraffic(round(2 * part * reduced * count), 0)
+    # Stages 2 and 3 reduce every micro-batch, stage 1 once per step.
+    reductions = accumulation if stage >= 2 else 1
+    gradients = round(part * reduced * count * reductions)
+    if stage < 3:
+        return StepTraffic(gradients, round(part * width * count))
+    split = sum(size for size in sizes if size > engine.persistence_threshold)
+    # Forward and backward of every micro-batch gather what is split; the step gathers the rest.
+    gathers = 2 * accumulation * split + (count - split)
+    return StepTraffic(gradients, round(part * width * gathers))
