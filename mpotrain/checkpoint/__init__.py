@@ -1,0 +1,1 @@
+"""Checkpoints that any engine in any layout can read."""
