@@ -1,0 +1,51 @@
+# The two commands of a new user are `make demo` and `make test`; both set up everything they need.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test lint format bench clean help
+
+help:
+	@echo "make demo   pretrain a small tensorized GPT-2 on text found on this machine (CPU, minutes)"
+	@echo "make test   lint, types, import contracts and all tests"
+	@echo "make lint   lint, types and import contracts alone"
+	@echo "make format format the code"
+	@echo "make bench  quick benchmarks"
+	@echo "make clean  remove the virtual environment and caches"
+
+demo: $(VENV)/.installed
+	$(BIN)/mpotrain demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.layer --quick
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("mpotrain needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first: packages that look for it while they are built must find this one.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) torch numpy
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,89 @@
+"""The one place where sections of a run file become objects."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import nn
+
+from mpotrain.checkpoint.manifest import Signature
+from mpotrain.config import RunConfig
+from mpotrain.data.dataset import BlendedDataset
+from mpotrain.data.stream import Split
+from mpotrain.engine.base import Engine
+from mpotrain.engine.config import DeepSpeedConfig, LocalConfig
+from mpotrain.engine.local import LocalEngine
+from mpotrain.errors import DataError
+from mpotrain.models.config import GPT2Config
+from mpotrain.models.gpt2 import GPT2
+from mpotrain.nn.roles import role_of
+from mpotrain.parallel.plan import batch_layout
+from mpotrain.parallel.ranks import World
+from mpotrain.train.optim import build_optimizer
+
+
+def prepare_torch(run: RunConfig) -> None:
+    """Set what decides the bits of a run before any tensor exists."""
+    if run.train.deterministic:
+        # cuBLAS reads this when it is initialised; without it torch refuses deterministic mode.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # Every value that is read has been written: filling fresh memory would only cost time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def build_model(model: GPT2Config, *, seed: int, dtype: str) -> nn.Module:
+    """Build the network of a run with its start weights.
+
+    Args:
+        model: the model section.
+        seed: of the start weights.
+        dtype: `fp32` or `bf16`: what the model computes in; parameters are fp32.
+    """
+    compute = torch.bfloat16 if dtype == "bf16" else torch.float32
+    return GPT2(model, seed=seed, compute_dtype=compute)
+
+
+def build_engine(run: RunConfig, model: nn.Module, world: World) -> Engine:
+    """Put a model and its optimizer into the engine that the run asks for."""
+    model.to(world.device)
+    optimizer = build_optimizer(model, run.train.optimizer)
+    clip_norm = run.train.clip_norm or None
+    if isinstance(run.engine, LocalConfig):
+        return LocalEngine(
+            model, optimizer, config=run.engine, world=world, seed=run.train.seed,
+            clip_norm=clip_norm,
+        )  # fmt: skip
+    assert isinstance(run.engine, DeepSpeedConfig)
+    from mpotrain.engine.deepspeed import DeepSpeedEngine
+
+    layout = batch_layout(run.train.global_batch_size, run.train.micro_batch_size, world.size)
+    return DeepSpeedEngine(
+        model, optimizer, config=run.engine, world=world, seed=run.train.seed,
+        clip_norm=clip_norm, micro_batch_size=run.train.micro_batch_size,
+        accumulation=layout.accumulation, global_batch_size=run.train.global_batch_size,
+    )  # fmt: skip
+
+
+def open_data(run: RunConfig, split: Split) -> BlendedDataset:
+    """Open a split and hold its tokenizer against the model.
+
+    Raises:
+        DataError: the data are damaged, or their token ids do not fit the model.
+    """
+    dataset = BlendedDataset(run.data, split)
+    ids = dataset.tokenizer.vocab_size
+    if ids > run.model.vocab_size:
+        raise DataError(
+            f"model.vocab_size: {run.model.vocab_size} is smaller than the vocabulary of the "
+            f"prepared data, {ids} ({run.data.sources[0].path}); set model.vocab_size to {ids} "
+            "or more"
+        )
+    return dataset
+
+
+def model_signatures(model: nn.Module, run: RunConfig) -> dict[str, Signature]:
+    """Return role and global shape of every parameter; shapes come from the configuration."""
+    roles = {name: str(role_of(parameter)) for name, parameter in model.named_parameters()}
+    return {info.name: (roles[info.name], info.shape) for info in run.model.parameters()}

@@ -1,0 +1,176 @@
+"""What each sub-command does. Every handler returns its exit code (see `mpotrain.errors`).
+
+Heavy libraries are imported inside the handlers, so that `--help`, `plan` and `config` answer at
+once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from mpotrain.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
+
+
+def prepare(options: argparse.Namespace) -> int:
+    """Prepare data."""
+    from mpotrain.data.config import ExistingTokenizerConfig, PrepareConfig, SentencePieceConfig
+    from mpotrain.data.prepare import prepare as run_prepare
+
+    sources = list(options.sources)
+    if options.synthetic:
+        sources.append(f"synthetic:{options.synthetic}")
+    config = PrepareConfig(
+        sources=tuple(sources),
+        out=options.out,
+        tokenizer=ExistingTokenizerConfig(path=options.tokenizer, eot=options.eot)
+        if options.tokenizer
+        else SentencePieceConfig(model_type=options.model_type, vocab_size=options.vocab_size),
+        text_column=options.text_column,
+        per_line=options.per_line,
+        hub_split=options.hub_split,
+        max_bytes=options.max_bytes,
+        num_documents=options.documents,
+        num_tokens=options.tokens,
+        seed=options.seed,
+        documents_per_shard=options.documents_per_shard,
+        num_workers=options.workers,
+    )
+    problems = config.problems("prepare")
+    if problems:
+        raise ConfigError([f"command line: {line}" for line in problems])
+    manifest = run_prepare(config, progress=sys.stderr.isatty())
+    print(
+        f"{options.out}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens, "
+        f"{manifest.num_bytes:,} bytes of text, vocabulary {manifest.tokenizer.vocab_size:,}, "
+        f"{len(manifest.shards)} shard(s), digest {manifest.digest}"
+    )
+    return EXIT_DONE
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Weigh a run."""
+    from mpotrain.config import load_config
+    from mpotrain.report import render, weigh
+    from mpotrain.tensor.plan import PROFILES
+
+    if options.device not in PROFILES:
+        raise ConfigError(
+            [f"command line: --device {options.device}: known are {', '.join(PROFILES)}"]
+        )
+    if options.world < 1:
+        raise ConfigError([f"command line: --world {options.world}: must be at least 1"])
+    report = weigh(load_config(options.run, options.overrides), options.world, options.device)
+    print(json.dumps(report.to_json(), indent=2) if options.json else render(report))
+    return EXIT_BAD_INPUT if report.problems else EXIT_DONE
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train as one rank of a world."""
+    from mpotrain.config import load_config
+
+    # The run file is checked before torch is imported: a typing error answers at once.
+    run = load_config(options.run, options.overrides)
+    from mpotrain.pretrain import train as run_train
+
+    return run_train(
+        run,
+        fresh=options.fresh,
+        profile=options.profile,
+        allow_data_change=options.allow_data_change,
+    )
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Evaluate a checkpoint."""
+    from mpotrain.trained import evaluate_checkpoint
+
+    result = evaluate_checkpoint(
+        options.folder, options.step, options.overrides, options.split, options.sequences
+    )
+    if result is None:  # not the first rank
+        return EXIT_DONE
+    if options.json:
+        print(json.dumps(result.to_json(), indent=2))
+    else:
+        bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits/byte"
+        print(
+            f"{result.split}: loss {result.loss:.4f} nats/token, "
+            f"perplexity {result.perplexity:.2f}{bits} "
+            f"({result.num_sequences:,} sequences, {result.num_tokens:,} tokens)"
+        )
+    return EXIT_DONE
+
+
+def generate(options: argparse.Namespace) -> int:
+    """Let a checkpoint write."""
+    from mpotrain.generate import Sampling
+    from mpotrain.trained import generate_texts
+
+    sampling = Sampling(
+        max_new_tokens=options.tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    texts = generate_texts(options.folder, options.step, options.prompt, sampling, options.samples)
+    for number, text in enumerate(texts):
+        if options.samples > 1:
+            print(f"--- {number + 1} ---")
+        print(text)
+    if options.check_stories:
+        from mpotrain.data.stories import check_story
+
+        accepted = sum(map(check_story, texts))
+        print(f"{accepted} of {len(texts)} texts accepted by the checker of stories")
+    return EXIT_DONE
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """Show a checkpoint or prepared data."""
+    from mpotrain.trained import inspect_folder
+
+    data, text = inspect_folder(options.folder, options.step)
+    print(json.dumps(data, indent=2) if options.json else text)
+    return EXIT_DONE
+
+
+def config_show(options: argparse.Namespace) -> int:
+    """Print the resolved run file."""
+    from mpotrain.config import dump_config, load_config
+
+    print(dump_config(load_config(options.run, options.overrides)), end="")
+    return EXIT_DONE
+
+
+def config_diff(options: argparse.Namespace) -> int:
+    """Print what differs between two run files."""
+    from mpotrain.config import flatten, load_config
+
+    left, right = flatten(load_config(options.left)), flatten(load_config(options.right))
+    for key in sorted(left.keys() | right.keys()):
+        if left.get(key) != right.get(key):
+            print(f"{key}: {_shown(left, key)} -> {_shown(right, key)}")
+    return EXIT_DONE
+
+
+def _shown(leaves: dict[str, object], key: str) -> str:
+    return json.dumps(leaves[key]) if key in leaves else "(absent)"
+
+
+def config_schema(options: argparse.Namespace) -> int:
+    """Print the JSON schema of run files."""
+    from mpotrain.config import config_schema
+
+    del options
+    print(json.dumps(config_schema(), indent=2))
+    return EXIT_DONE
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Run the demo."""
+    from mpotrain.demo import demo as run_demo
+
+    return run_demo(options.out, options.steps)

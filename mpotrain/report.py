@@ -1,0 +1,293 @@
+"""What `mpotrain plan` prints: a run weighed before any process starts (no torch, no GPU)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mpotrain.config import RunConfig
+from mpotrain.engine.memory import StateMemory, StepTraffic, state_memory, step_traffic
+from mpotrain.errors import MpotrainError
+from mpotrain.models.activations import ActivationMemory, activation_memory
+from mpotrain.models.config import Site
+from mpotrain.parallel.plan import batch_layout
+from mpotrain.tensor.plan import PROFILES, ContractionPlan, plan_contraction
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One family of weight matrices.
+
+    Attributes:
+        family: key under `model.sites`.
+        copies: number of matrices.
+        shape: (in, out) of each.
+        modes: one (i, j) for each core; empty when dense.
+        bonds: inner bond dimensions.
+        parameters: of all copies, biases not counted.
+        dense_parameters: of all copies if they were dense.
+        plan: the contraction plan in words.
+        time_ratio: predicted forward + backward time over a dense layer's.
+        flops_per_step: executed FLOPs, forward and backward, all copies and ranks.
+    """
+
+    family: str
+    copies: int
+    shape: tuple[int, int]
+    modes: list[tuple[int, int]]
+    bonds: list[int]
+    parameters: int
+    dense_parameters: int
+    plan: str
+    time_ratio: float
+    flops_per_step: float
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """A run weighed without running it.
+
+    Attributes:
+        name: of the run.
+        world_size: ranks it was weighed for.
+        device: profile of the cost model.
+        num_parameters: trainable parameters, tied weights once.
+        dense_num_parameters: of the same model with every site dense.
+        by_role: parameters by role.
+        by_part: parameters by family of sites, biases, norms and positions.
+        sites: the families of weight matrices.
+        tokens_per_step: of the whole global batch.
+        accumulation: micro-batches that each rank accumulates.
+        model_flops_per_token: dense-equivalent, forward and backward (for MFU).
+        executed_flops_per_step: what the plans execute, attention included.
+        state: bytes of weights, masters, gradients and moments of a rank.
+        activations: bytes of a micro-batch.
+        traffic: bytes a rank sends in a step.
+        checkpoint_bytes: size of one checkpoint.
+        problems: why the run cannot start; empty when it can.
+    """
+
+    name: str
+    world_size: int
+    device: str
+    num_parameters: int
+    dense_num_parameters: int
+    by_role: dict[str, int]
+    by_part: dict[str, int]
+    sites: list[SiteReport]
+    tokens_per_step: int
+    accumulation: int
+    model_flops_per_token: int
+    executed_flops_per_step: float
+    state: StateMemory
+    activations: ActivationMemory
+    traffic: StepTraffic
+    checkpoint_bytes: int
+    problems: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain data, totals included."""
+        data = asdict(self)
+        for key in ("state", "activations", "traffic"):
+            data[key]["total"] = getattr(self, key).total
+        data["compression"] = self.dense_num_parameters / self.num_parameters
+        return data
+
+
+def weigh(run: RunConfig, world_size: int = 1, device: str = "h200") -> PlanReport:
+    """Weigh a run.
+
+    Args:
+        run: a validated run.
+        world_size: number of ranks.
+        device: name of a device profile (`mpotrain.tensor.plan.PROFILES`).
+
+    Returns:
+        Sizes, plans, FLOPs, memory, traffic and problems.
+    """
+    model, train = run.model, run.train
+    problems = run.problems(world_size)
+    try:
+        accumulation = batch_layout(
+            train.global_batch_size, train.micro_batch_size, world_size
+        ).accumulation
+    except MpotrainError:
+        accumulation = max(1, train.global_batch_size // (train.micro_batch_size * world_size))
+    parameters = list(model.parameters())
+    sizes = [parameter.size for parameter in parameters]
+    tokens = train.micro_batch_size * run.data.sequence_length
+    num_microbatches = train.global_batch_size // train.micro_batch_size
+    sites = [
+        _site_report(group, run.engine.dtype, tokens, num_microbatches, device)
+        for group in _families(run)
+    ]
+    num_tokens = train.global_batch_size * run.data.sequence_length
+    attention = 6 * model.num_layers * model.hidden_size * run.data.sequence_length
+    return PlanReport(
+        name=run.name,
+        world_size=world_size,
+        device=device,
+        num_parameters=sum(sizes),
+        dense_num_parameters=sum(sizes)
+        + sum(site.dense_parameters - site.parameters for site in sites),
+        by_role=dict(_count((p.role, p.size) for p in parameters)),
+        by_part=_by_part(run),
+        sites=sites,
+        tokens_per_step=num_tokens,
+        accumulation=accumulation,
+        model_flops_per_token=model.flops_per_token(run.data.sequence_length),
+        executed_flops_per_step=sum(s.flops_per_step for s in sites) + attention * num_tokens,
+        state=state_memory(run.engine, sizes, world_size),
+        activations=activation_memory(
+            model, tokens, run.data.sequence_length, 2 if run.engine.dtype == "bf16" else 4
+        ),
+        traffic=step_traffic(run.engine, sizes, world_size, accumulation),
+        checkpoint_bytes=12 * sum(sizes),
+        problems=problems,
+    )
+
+
+def _families(run: RunConfig) -> list[list[Site]]:
+    groups: dict[str, list[Site]] = {}
+    for site in run.model.all_sites():
+        groups.setdefault(site.family, []).append(site)
+    return list(groups.values())
+
+
+def _count(pairs: Any) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for key, size in pairs:
+        total[key] += size
+    return total
+
+
+def _by_part(run: RunConfig) -> dict[str, int]:
+    families = {site.name: site.family for site in run.model.all_sites()}
+
+    def part(name: str, site: str | None) -> str:
+        if site is None:
+            return "positions" if name == "position_embedding" else "norms"
+        return "biases" if name.endswith(".bias") else families[site]
+
+    return dict(_count((part(p.name, p.site), p.size) for p in run.model.parameters()))
+
+
+def _site_report(
+    group: list[Site], dtype: str, tokens: int, num_microbatches: int, device: str
+) -> SiteReport:
+    site, copies = group[0], len(group)
+    dense = site.in_features * site.out_features
+    calls = copies * num_microbatches
+    if site.spec is None or site.choice.kind == "dense":
+        return SiteReport(
+            family=site.family,
+            copies=copies,
+            shape=(site.in_features, site.out_features),
+            modes=[],
+            bonds=[],
+            parameters=copies * dense,
+            dense_parameters=copies * dense,
+            plan="dense",
+            time_ratio=1.0,
+            flops_per_step=6.0 * dense * tokens * calls,
+        )
+    spec = site.spec if site.family != "embedding" else site.spec.transposed()
+    plan: ContractionPlan = plan_contraction(
+        spec,
+        tokens,
+        dtype,
+        PROFILES[device],
+        force=None if site.choice.plan == "auto" else site.choice.plan,
+        keep_weight=site.choice.keep_weight,
+    )
+    return SiteReport(
+        family=site.family,
+        copies=copies,
+        shape=(site.in_features, site.out_features),
+        modes=list(zip(site.spec.in_modes, site.spec.out_modes, strict=True)),
+        bonds=list(site.spec.bonds),
+        parameters=copies * site.spec.num_parameters,
+        dense_parameters=copies * dense,
+        plan=_plan_words(plan),
+        time_ratio=plan.ratio,
+        flops_per_step=float(plan.forward_flops + plan.backward_flops) * calls,
+    )
+
+
+def _plan_words(plan: ContractionPlan) -> str:
+    if plan.kind == "materialise":
+        return "materialise, W kept" if plan.keep_weight else "materialise, W rebuilt in backward"
+    sizes = "+".join(str(last - first + 1) for first, last in plan.groups)
+    return f"{plan.kind} {sizes} {plan.direction}"
+
+
+def render(report: PlanReport) -> str:
+    """Return the report as text for a terminal."""
+    lines = [f"run {report.name}: {report.world_size} rank(s), costs for {report.device}", ""]
+    compression = report.dense_num_parameters / report.num_parameters
+    lines += [
+        f"parameters        {report.num_parameters:>16,}",
+        f"  if dense        {report.dense_num_parameters:>16,}   ({compression:.3f} x)",
+    ]
+    lines += [f"  {'role ' + k:<15} {v:>16,}" for k, v in sorted(report.by_role.items())]
+    lines += [f"  {k:<15} {v:>16,}" for k, v in report.by_part.items()]
+    lines += ["", *_site_lines(report.sites), ""]
+    lines += [
+        f"step              {report.tokens_per_step:,} tokens, "
+        f"{report.accumulation} micro-batch(es) on each rank",
+        f"FLOPs             {report.model_flops_per_token:.4g} per token (dense-equivalent), "
+        f"{report.executed_flops_per_step:.4g} per step executed by the plans",
+    ]
+    state, activations = report.state, report.activations
+    lines += [
+        f"memory per rank   {human_bytes(state.total + activations.total)}",
+        f"  weights         {human_bytes(state.weights)}",
+        f"  masters         {human_bytes(state.masters)}",
+        f"  gradients       {human_bytes(state.gradients)}",
+        f"  moments         {human_bytes(state.moments)}",
+        f"  on host         {human_bytes(state.on_host)}",
+        f"  activations     {human_bytes(activations.blocks)} kept by the blocks, "
+        f"{human_bytes(activations.output)} at the loss",
+        f"traffic per step  {human_bytes(report.traffic.total)} sent by each rank "
+        f"(gradients {human_bytes(report.traffic.gradients)}, "
+        f"weights {human_bytes(report.traffic.weights)})",
+        f"checkpoint        {human_bytes(report.checkpoint_bytes)}",
+        "",
+    ]
+    if report.problems:
+        lines += ["problems:", *(f"  {problem}" for problem in report.problems)]
+    else:
+        lines.append("no problems found")
+    return "\n".join(lines)
+
+
+def _site_lines(sites: list[SiteReport]) -> list[str]:
+    lines = [
+        f"{'site':<14} {'copies':>6} {'in x out':>14} {'parameters':>14} {'of dense':>9}  plan"
+    ]
+    for site in sites:
+        shape = f"{site.shape[0]} x {site.shape[1]}"
+        ratio = f"{100 * site.parameters / site.dense_parameters:.2f} %"
+        lines.append(
+            f"{site.family:<14} {site.copies:>6} {shape:>14} {site.parameters:>14,} {ratio:>9}  "
+            f"{site.plan}"
+        )
+        if site.modes:
+            modes = " ".join(f"{i}x{j}" for i, j in site.modes)
+            bonds = " ".join(map(str, site.bonds))
+            lines.append(
+                f"{'':<14} modes {modes}, bonds {bonds}, "
+                f"predicted time {site.time_ratio:.2f} x dense"
+            )
+    return lines
+
+
+def human_bytes(count: int) -> str:
+    """Return a number of bytes with a binary unit, three significant digits."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.3g} {unit}" if unit != "B" else f"{count} B"
+        value /= 1024
+    return f"{value:.3g} TiB"

@@ -1,0 +1,103 @@
+"""What a run leaves beside checkpoints and metrics: configuration, surroundings, outcome.
+
+The environment is recorded by allow-list: versions, devices, git state. Environment variables,
+which may hold secrets, are never written.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpotrain.checkpoint.manifest_file import library_versions
+from mpotrain.config import RunConfig, dump_config
+from mpotrain.errors import StorageError
+from mpotrain.parallel.ranks import World
+
+CONFIG_FILE = "config.toml"
+ENVIRONMENT_FILE = "environment.jsonl"
+OUTCOME_FILE = "outcome.json"
+
+
+def record_start(run: RunConfig, world: World, step: int) -> None:
+    """Write the resolved configuration, and add a line about this start.
+
+    Args:
+        run: the resolved run.
+        world: the ranks of this start.
+        step: step from which this start goes on.
+
+    Raises:
+        StorageError: the run folder cannot be written.
+    """
+    folder = Path(run.folder)
+    line = {
+        "time": time.time(),
+        "step": step,
+        "world_size": world.size,
+        "device": _device_name(world.device),
+        "host": platform.node(),
+        "versions": library_versions(),
+        "git": git_state(Path(__file__).resolve().parent),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder / CONFIG_FILE, dump_config(run))
+        with (folder / ENVIRONMENT_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        (folder / OUTCOME_FILE).unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written ({error})") from error
+
+
+def record_outcome(folder: Path, outcome: str, detail: str) -> None:
+    """Write how this start ended: `done`, `resume` or `failed`.
+
+    A batch script reads this file; exit codes of many ranks are no reliable message.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"outcome": outcome, "detail": detail}
+        _replace(folder / OUTCOME_FILE, json.dumps(content) + "\n")
+    except OSError as error:
+        raise StorageError(f"{folder / OUTCOME_FILE}: cannot be written ({error})") from error
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Return commit and whether files differ from it; None outside of a git work tree."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True, text=True, check=True, timeout=10,
+        ).stdout.strip()  # fmt: skip
+
+    try:
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "changed": git("status", "--porcelain", "--untracked-files=no").splitlines(),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

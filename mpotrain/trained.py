@@ -1,0 +1,208 @@
+"""What one does with a run folder afterwards: open its model, evaluate, write text, look inside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpotrain.assemble import build_engine, build_model, model_signatures, open_data, prepare_torch
+from mpotrain.checkpoint.compare import require_model
+from mpotrain.checkpoint.config import CheckpointConfig
+from mpotrain.checkpoint.manifest import WEIGHT, Manifest
+from mpotrain.checkpoint.store import CheckpointStore
+from mpotrain.config import RunConfig, config_from_table
+from mpotrain.data.dataset import BlendedDataset
+from mpotrain.data.manifest import MANIFEST_NAME, read_manifest
+from mpotrain.data.stream import Split
+from mpotrain.data.tokenizer import Tokenizer, open_tokenizer
+from mpotrain.engine.config import LocalConfig
+from mpotrain.errors import CheckpointError, ConfigError, DataError
+from mpotrain.evaluate import Evaluation, Evaluator
+from mpotrain.generate import Sampling, generate
+from mpotrain.inspect import describe_checkpoint, describe_data, site_rows
+from mpotrain.layered_toml import OVERRIDE_SOURCE, LayeredTable, parse_override
+from mpotrain.nn.spectra import model_spectra
+from mpotrain.parallel.environment import resolve_environment
+from mpotrain.parallel.ranks import World, close_world, init_world, resolve_device
+from mpotrain.pretrain import CHECKPOINTS
+
+SINGLE = World(0, 1, 0, torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model read back from a checkpoint.
+
+    Attributes:
+        run: the configuration that it was trained with, overrides applied.
+        manifest: of the checkpoint.
+        model: with the checkpoint's weights, in evaluation mode.
+    """
+
+    run: RunConfig
+    manifest: Manifest
+    model: nn.Module
+
+
+def find_checkpoint(folder: Path, step: int | None) -> tuple[CheckpointStore, Manifest]:
+    """Return the newest sound checkpoint of a run folder, or the one that is named.
+
+    Args:
+        folder: a run folder, its `checkpoints` folder, or one `step-...` folder.
+        step: step of the checkpoint; None for the newest.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    if folder.name.startswith("step-") and folder.name[5:].isdigit():
+        step, folder = int(folder.name[5:]), folder.parent
+    elif (folder / CHECKPOINTS).is_dir():
+        folder = folder / CHECKPOINTS
+    store = CheckpointStore(folder, CheckpointConfig(), SINGLE)
+    manifest = store.latest() if step is None else store.open(step).manifest
+    if manifest is None:
+        raise CheckpointError(f"{folder}: holds no checkpoint; name a run folder or a checkpoint")
+    return store, manifest
+
+
+def saved_run(manifest: Manifest, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the configuration in a checkpoint, with overrides laid over it.
+
+    Raises:
+        ConfigError: an override is wrong, or the checkpoint is of another version of the schema.
+    """
+    table = LayeredTable()
+    table.merge(manifest.run.config, f"checkpoint of step {manifest.step}")
+    for line in overrides:
+        table.merge(parse_override(line), OVERRIDE_SOURCE)
+    return config_from_table(table)
+
+
+def load_trained(folder: Path, step: int | None, overrides: Sequence[str] = ()) -> TrainedModel:
+    """Read a model back for use in one process, in fp32 unless overridden.
+
+    Raises:
+        CheckpointError: no sound checkpoint, or it does not fit the model of `overrides`.
+    """
+    store, manifest = find_checkpoint(folder, step)
+    run = saved_run(manifest, overrides)
+    model = build_model(run.model, seed=run.train.seed, dtype=run.engine.dtype)
+    require_model(manifest, model_signatures(model, run))
+    reader = store.open(manifest.step)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(reader.read(name, (WEIGHT,))[WEIGHT])
+    model.to(resolve_device(run.engine.device)).eval()
+    return TrainedModel(run, manifest, model)
+
+
+def evaluate_checkpoint(
+    folder: Path, step: int | None, overrides: Sequence[str], split: Split, sequences: int | None
+) -> Evaluation | None:
+    """Evaluate a checkpoint on a split, in one process or on every rank of a launched world.
+
+    Returns:
+        The result on the first rank, None on the others.
+    """
+    if sequences is not None and sequences < 1:
+        raise ConfigError([f"{OVERRIDE_SOURCE}: --sequences {sequences}: must be at least 1"])
+    trained = load_trained(folder, step, overrides)
+    run = trained.run
+    prepare_torch(run)
+    alone = resolve_environment_size() == 1
+    if alone:
+        run = replace(run, engine=LocalConfig(dtype=run.engine.dtype, device=run.engine.device))
+    world = init_world(run.engine.kind, run.engine.device)
+    try:
+        dataset = open_data(run, split)
+        engine = build_engine(run, trained.model, world)
+        evaluator = Evaluator(
+            engine, dataset, micro_batch_size=run.train.micro_batch_size, num_sequences=sequences
+        )
+        result = evaluator()
+        engine.close()
+        return result if world.is_main else None
+    finally:
+        close_world(world)
+
+
+def resolve_environment_size() -> int:
+    """Return the number of processes that a launcher has started."""
+    import os
+
+    return resolve_environment(os.environ).size
+
+
+def run_tokenizer(run: RunConfig) -> Tokenizer:
+    """Open the tokenizer of a run's data.
+
+    Raises:
+        DataError: the prepared data are not there.
+    """
+    dataset = BlendedDataset(run.data, "train")
+    path = dataset.tokenizer_path
+    if path is None:
+        raise DataError(
+            f"{run.data.sources[0].path}: the data are token numbers without a tokenizer; "
+            "text can neither be read nor written"
+        )
+    return open_tokenizer(path, dataset.tokenizer.eot_id)
+
+
+def generate_texts(
+    folder: Path, step: int | None, prompt: str, sampling: Sampling, num_samples: int
+) -> list[str]:
+    """Let a checkpoint continue a prompt several times.
+
+    Returns:
+        Prompt and continuation, one text for each sample; sample n draws with seed + n.
+    """
+    trained = load_trained(folder, step)
+    tokenizer = run_tokenizer(trained.run)
+    start = tokenizer.encode(prompt)
+    if not start:
+        # Documents begin after the end of another one.
+        start = [tokenizer.eot_id or 0]
+    texts = []
+    for number in range(num_samples):
+        new = generate(
+            trained.model,
+            start,
+            replace(sampling, seed=sampling.seed + number),
+            context_length=trained.run.model.context_length,
+            vocab_size=tokenizer.vocab_size,
+            stop_token=tokenizer.eot_id,
+        )
+        texts.append(
+            prompt + tokenizer.decode(new) if not prompt else tokenizer.decode(start + new)
+        )
+    return texts
+
+
+def held_out_text(run: RunConfig, max_bytes: int) -> bytes:
+    """Return the beginning of the validation text, decoded from its tokens."""
+    tokenizer, dataset = run_tokenizer(run), BlendedDataset(run.data, "validation")
+    stream = dataset.sources[0].stream
+    tokens = stream.read(0, min(stream.num_tokens, max_bytes))
+    return tokenizer.decode(tokens.tolist()).encode()[:max_bytes]
+
+
+def inspect_folder(folder: Path, step: int | None) -> tuple[dict[str, Any], str]:
+    """Describe prepared data, or a checkpoint with the spectra of its tensorized layers.
+
+    Returns:
+        Plain data for JSON, and text for a terminal.
+    """
+    if (folder / MANIFEST_NAME).is_file() and not folder.name.startswith("step-"):
+        manifest = read_manifest(folder)
+        return describe_data(folder, manifest)
+    trained = load_trained(folder, step)
+    rows = site_rows(model_spectra(trained.model))
+    num_parameters = trained.run.model.num_parameters()
+    data, text = describe_checkpoint(trained.manifest, num_parameters, rows)
+    return data | {"sites": [asdict(row) for row in rows]}, text

@@ -1,0 +1,24 @@
+"""Texts of `mpotrain plan` for every shipped run; `pytest --update-golden` rewrites them."""
+
+from pathlib import Path
+
+import pytest
+
+from mpotrain.config import load_config
+from mpotrain.report import render, weigh
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = sorted((ROOT / "configs" / "runs").glob("*.toml"))
+GOLDEN = Path(__file__).parent / "plans"
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_plan_text(path: Path, update_golden: bool) -> None:
+    run = load_config(path)
+    world = 1 if run.engine.kind == "local" else 8 if path.stem.startswith("gpt2-small") else 4
+    text = render(weigh(run, world)) + "\n"
+    golden = GOLDEN / f"{path.stem}.txt"
+    if update_golden:
+        golden.parent.mkdir(exist_ok=True)
+        golden.write_text(text)
+    assert text == golden.read_text(), "run pytest --update-golden if this change is wanted"

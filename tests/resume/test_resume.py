@@ -1,0 +1,124 @@
+"""Stop and go on: the same bits in the same layout, the same curve to 1e-5 in another."""
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from run_process import curve, start, state, stop, train, wait_for_step
+from test_launchers import same_curve
+
+ZERO = "engine={{kind='deepspeed', zero_stage={}}}"
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Return every file of a run folder but the lock, which names the last process."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".writer")
+    return {path: path.read_bytes() for path in files}
+
+
+def assert_same_bits(folder: Path, reference: Path, step: int = 20) -> None:
+    got, expected = state(folder, step), state(reference, step)
+    assert got.keys() == expected.keys()
+    for name, tensors in expected.items():
+        assert tensors.keys() == {"weight", "exp_avg", "exp_avg_sq"}
+        for kind, tensor in tensors.items():
+            assert torch.equal(got[name][kind], tensor), f"{kind} of {name}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_stops_at_a_step_and_the_resume_is_bitwise(
+    number: signal.Signals, straight_run: Path, new_run: Callable[[], Path]
+) -> None:
+    run = new_run()
+    folder = run.parent / "run"
+    process = start(run)
+    wait_for_step(folder, 4, process)
+    assert stop(process, number) == 85
+    outcome = json.loads((folder / "outcome.json").read_text())
+    assert outcome["outcome"] == "resume"
+    stopped_at = curve(folder)[-1][0]
+    assert 4 <= stopped_at < 20
+    assert (folder / "checkpoints" / f"step-{stopped_at:08d}" / "manifest.json").is_file()
+    done = train(run)
+    assert f"resuming tiny at step {stopped_at}" in done.stderr
+    assert json.loads((folder / "outcome.json").read_text())["outcome"] == "done"
+    assert curve(folder) == curve(straight_run)
+    assert_same_bits(folder, straight_run)
+
+
+def test_a_stop_file_stops_and_is_obeyed_once(
+    straight_run: Path, new_run: Callable[[], Path]
+) -> None:
+    run = new_run()
+    folder = run.parent / "run"
+    process = start(run)
+    wait_for_step(folder, 2, process)
+    (folder / "stop").touch()
+    process.communicate(timeout=120)
+    if process.returncode == 0:
+        pytest.skip("the run was over before the stop file was looked for")
+    assert process.returncode == 85
+    assert not (folder / "stop").exists()
+    train(run)
+    assert curve(folder) == curve(straight_run)
+
+
+def test_resume_across_engines_stages_and_world_sizes(
+    straight_run: Path, new_run: Callable[[], Path]
+) -> None:
+    """local -> ZeRO-3 on 2 -> ZeRO-1 on 1 -> ZeRO-2 on 4 -> local, five or fewer steps each."""
+    run = new_run()
+    until = "train.stop_after={}"
+    train(run, until.format(4), code=85)
+    train(run, ZERO.format(3), until.format(8), launcher="torchrun", world=2, code=1)
+    train(run, ZERO.format(1), until.format(12), code=85)
+    train(run, ZERO.format(2), until.format(16), launcher="torchrun", world=4, code=1)
+    train(run)
+    same_curve(run.parent / "run", straight_run)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed_resumes_bitwise_in_the_same_layout(
+    stage: int, new_run: Callable[[], Path], tmp_path: Path
+) -> None:
+    whole, parts = new_run(), tmp_path / "parts"
+    one_rank = ZERO.format(stage)
+    train(whole, one_rank)
+    train(whole, one_rank, f"folder={parts}", "train.stop_after=10", code=85)
+    train(whole, one_rank, f"folder={parts}")
+    assert curve(parts) == curve(whole.parent / "run")
+    assert_same_bits(parts, whole.parent / "run")
+
+
+def test_a_finished_run_is_not_trained_further(new_run: Callable[[], Path]) -> None:
+    run = new_run()
+    train(run, "train.steps=2", "train.schedule.warmup_steps=0")
+    before = state(run.parent / "run", 2)
+    done = train(run, "train.steps=2", "train.schedule.warmup_steps=0")
+    assert "done: tiny at step 2 of 2" in done.stderr
+    after = state(run.parent / "run", 2)
+    assert all(torch.equal(before[n]["weight"], after[n]["weight"]) for n in before)
+
+
+def test_bad_starts_are_refused_and_change_nothing(new_run: Callable[[], Path]) -> None:
+    run = new_run()
+    folder = run.parent / "run"
+    train(run, "train.steps=2", "train.schedule.warmup_steps=0")
+    files = contents(folder)
+    cases = {
+        ("--fresh",): "already holds a run at step 2",
+        ("data.sequence_length=8",): "data.sequence_length: was 16, is 8",
+        ("data.seed=9",): "data.seed: was 3, is 9",
+        ("model.ffn_size=64", "model.sites.c_fc.kind=dense", "model.sites.c_proj={kind='dense'}"):
+            "belongs to another model",
+        ("model.vocab_size=8",): "model.vocab_size: 8 is smaller than the vocabulary",
+    }  # fmt: skip
+    for arguments, message in cases.items():
+        done = train(run, *arguments, code=2)
+        assert message in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+    assert contents(folder) == files
+    train(run, "data.seed=9", "--allow-data-change", "train.steps=3")
