@@ -119,6 +119,8 @@ def test_narrow_slices_are_folded_and_wide_ones_batched():
     thin = mpo_spec(4096, 4096, (1024, 4), (4, 1024), cap=4)
     first, _ = plan_contraction(thin, 64, "fp32", CPU, force="chain:lr").steps
     assert (first.width, first.batched) == (4, False)
+    slices = PROFILES["cpu"].batched_efficiency
+    assert slices(12) < 0.1 < 0.5 < slices(32) < 0.99 < slices(1024)
 
 
 def test_copies_are_predicted_only_where_axes_move():

@@ -1,0 +1,1 @@
+"""Benchmarks: what the layers, models and engines cost, against dense twins and other libraries."""
