@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--per-line", action="store_true", help="every line is a document")
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--max-bytes", type=int, default=8_000_000)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--title", default="TTM GPT-2 and its dense twin")
     return parser

@@ -31,6 +31,8 @@ def prepare_torch(run: RunConfig) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
         # Every value that is read has been written: filling fresh memory would only cost time.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # 16-bit runs use fp32 products for the merging of cores alone: TF32 keeps more than bf16 needs.
+    torch.set_float32_matmul_precision("high" if run.engine.dtype == "bf16" else "highest")
 
 
 def build_model(model: GPT2Config, *, seed: int, dtype: str) -> nn.Module:

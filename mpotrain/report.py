@@ -107,6 +107,9 @@ def weigh(run: RunConfig, world_size: int = 1, device: str = "h200") -> PlanRepo
         Sizes, plans, FLOPs, memory, traffic and problems.
     """
     model, train = run.model, run.train
+    if run.engine.dtype == "bf16" and f"{device}-tf32" in PROFILES:
+        # In 16-bit runs cores are merged in TF32 on CUDA.
+        device = f"{device}-tf32"
     problems = run.problems(world_size)
     try:
         accumulation = batch_layout(

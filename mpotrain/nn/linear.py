@@ -89,7 +89,7 @@ class TensorizedLinear(nn.Module):
             self.spec,
             max(num_tokens, 1),
             dtype_name(dtype),
-            PROFILES[profile_name(device)],
+            PROFILES[profile_name(device, dtype)],
             force=None if self.site.plan == "auto" else self.site.plan,
             keep_weight=self.site.keep_weight,
         )
@@ -170,7 +170,7 @@ class TensorizedEmbedding(nn.Module):
             self.transposed_spec,
             max(num_tokens, 1),
             dtype_name(x.dtype),
-            PROFILES[profile_name(x.device)],
+            PROFILES[profile_name(x.device, x.dtype)],
             force=None if self.site.plan == "auto" else self.site.plan,
             keep_weight=self.site.keep_weight,
         )
@@ -184,8 +184,10 @@ def dtype_name(dtype: torch.dtype) -> DType:
     return "bf16" if dtype in (torch.bfloat16, torch.float16) else "fp32"
 
 
-def profile_name(device: torch.device) -> str:
-    """Return the device profile that plans use on `device`.
+def profile_name(device: torch.device, dtype: torch.dtype) -> str:
+    """Return the device profile that plans use on `device` for inputs of `dtype`.
+
+    In 16-bit runs cores are merged in TF32 on CUDA, in fp32 runs in full fp32.
 
     The profile is chosen by the name of the device and never measured at run time: the plan
     decides the order of the sums, and so the bits of the result.
@@ -193,4 +195,5 @@ def profile_name(device: torch.device) -> str:
     if device.type != "cuda":
         return "cpu"
     name = torch.cuda.get_device_name(device).lower()
-    return next((known for known in ("h200", "h100", "a100") if known in name), "h100")
+    known = next((known for known in ("h200", "h100", "a100") if known in name), "h100")
+    return known if dtype == torch.float32 else f"{known}-tf32"

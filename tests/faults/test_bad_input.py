@@ -1,6 +1,5 @@
-"""Bad input through the command line: a clear message, the right exit code, nothing half-written."""
+"""Bad input through the command line: a clear message, the right exit code, no half files."""
 
-import os
 import resource
 import shutil
 import subprocess
@@ -59,9 +58,7 @@ def test_damaged_data_are_refused_by_name(
     assert not (tmp_path / "r" / "run" / "checkpoints").exists()
 
 
-def test_a_changed_tokenizer_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_changed_tokenizer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"the number {n} and the word w{n * 7}" for n in range(3000)))
     out = tmp_path / "data"
@@ -129,7 +126,7 @@ def test_disk_full_while_preparing_leaves_nothing_that_counts(tmp_path: Path) ->
     )  # fmt: skip
     assert done.returncode == EXIT_STORAGE, done.stderr
     assert not (out / "manifest.json").exists()
-    assert not any(name.endswith(".bin") for name in os.listdir(out))
+    assert not list(out.glob("*.bin"))
     again = subprocess.run(
         command("alone", 1, arguments), capture_output=True, text=True, env=environment(),
         check=False, timeout=240,
