@@ -53,9 +53,9 @@ def main() -> None:
         f"model.vocab_size={manifest.tokenizer.vocab_size}",
         f"train.steps={options.steps}",
         f"train.seed={options.seed}",
-        f"train.eval_every={max(options.steps // 4, 1)}",
-        "train.eval_sequences=256",
-        f"checkpoint.every={max(options.steps // 4, 1)}",
+        f"train.eval_every={max(options.steps // 2, 1)}",
+        "train.eval_sequences=100000",
+        f"checkpoint.every={max(options.steps // 2, 1)}",
     ]
     variants = train_variants(
         RUN_FILE,

@@ -25,7 +25,6 @@ RUN_FILE = Path(__file__).resolve().parents[1] / "configs" / "runs" / "demo.toml
 PROMPTS = ("Return the", "If the file", "This method")
 MAX_TEXT_BYTES = 8_000_000
 VOCAB_SIZE = 2048
-MAX_YARDSTICK_BYTES = 1_000_000
 
 
 def demo(out: Path, steps: int | None = None) -> int:
@@ -65,7 +64,7 @@ def demo(out: Path, steps: int | None = None) -> int:
     _say("3/4  Pretraining: the TTM model, then its dense twin at equal tokens")
     variants = train_variants(RUN_FILE, {"ttm": overrides, "dense": [*overrides, *DENSE_TWIN]}, out)
     _say("4/4  Results")
-    _write_results(out, variants, data)
+    _write_results(out, variants)
     _say(f"\nDone in {time.monotonic() - start:.0f} s. Next, try:")
     _say(f"  mpotrain generate {variants[0].folder} --prompt 'The array' --tokens 80")
     _say(f"  mpotrain inspect {variants[0].folder}")
@@ -73,10 +72,9 @@ def demo(out: Path, steps: int | None = None) -> int:
     return EXIT_DONE
 
 
-def _write_results(out: Path, variants: Sequence[Variant], data: Path) -> None:
+def _write_results(out: Path, variants: Sequence[Variant]) -> None:
     table = markdown_table(variants)
-    source = f'data.sources=[{{path="{data.as_posix()}"}}]'
-    text = held_out_text(load_config(RUN_FILE, [source]), MAX_YARDSTICK_BYTES)
+    text = held_out_text(variants[0].folder)
     xz_bits = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / max(len(text), 1)
     yardstick = (
         f"xz -9e needs {xz_bits:.3f} bits per byte for the same {len(text):,} held-out bytes "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Protocol, cast
 
 import torch
@@ -37,6 +38,19 @@ class Sampling:
     top_k: int | None = None
     top_p: float = 1.0
     seed: int = 0
+
+    def problems(self) -> list[str]:
+        """Return every impossible value, one line each."""
+        found = []
+        if self.max_new_tokens < 1:
+            found.append(f"tokens: must be at least 1, is {self.max_new_tokens}")
+        if not 0 <= self.temperature < inf:
+            found.append(f"temperature: must be 0 or more, is {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            found.append(f"top-k: must be at least 1, is {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            found.append(f"top-p: must be in (0, 1], is {self.top_p}")
+        return found
 
 
 @torch.no_grad()

@@ -115,6 +115,13 @@ def generate(options: argparse.Namespace) -> int:
         top_p=options.top_p,
         seed=options.seed,
     )
+    problems = sampling.problems()
+    if options.samples < 1:
+        problems.append(f"samples: must be at least 1, is {options.samples}")
+    if not 0 <= options.seed < 2**63:
+        problems.append(f"seed: must be in [0, 2^63), is {options.seed}")
+    if problems:
+        raise ConfigError([f"command line: --{line}" for line in problems])
     texts = generate_texts(options.folder, options.step, options.prompt, sampling, options.samples)
     for number, text in enumerate(texts):
         if options.samples > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from mpotrain.errors import (
     EXIT_STOPPED,
     ConfigError,
     DataError,
-    MpotrainError,
+    ParallelError,
+    StorageError,
 )
 from mpotrain.evaluate import Evaluator
 from mpotrain.nn.spectra import model_spectra
@@ -82,7 +83,7 @@ def train(
     prepare_torch(run)
     ranks = resolve_environment(os.environ)
     if problems := run.problems(ranks.size):
-        raise ConfigError(problems)
+        raise ConfigError([f"with {ranks.size} process(es): {problem}" for problem in problems])
     limit = run.train.time_limit_minutes
     stop = StopRequest(
         Path(run.folder),
@@ -113,15 +114,29 @@ def _train(
         with ExitStack() as stack:
             start = _Start(run, world, stop, stack, allow_data_change)
             outcome, state = start.go(fresh, profile)
-    except MpotrainError as error:
+    except Exception as error:
         # A start that was refused must not mark a run that it has not touched.
         if world.is_main and start is not None and start.has_begun:
-            record_outcome(folder, "failed", str(error))
+            with suppress(StorageError):
+                record_outcome(folder, "failed", f"{type(error).__name__}: {error}")
+        if world.size > 1 and _is_lost_peer(error):
+            raise ParallelError(
+                f"the connection to another rank broke, which has failed or was killed; its own "
+                f"log says why ({error})"
+            ) from error
         raise
     if world.is_main:
         record_outcome(folder, outcome, f"step {state.step}")
     start.progress.note(f"{outcome}: {run.name} at step {state.step:,} of {run.train.steps:,}")
     return EXIT_DONE if outcome is Outcome.DONE else EXIT_STOPPED
+
+
+def _is_lost_peer(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone (gloo has no type for it)."""
+    if isinstance(error, torch.distributed.DistBackendError):
+        return True
+    signs = ("closed by peer", "Connection reset", "Connection refused", "Timed out waiting")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 class _Start:
@@ -139,8 +154,10 @@ class _Start:
         self.has_begun = False
         self.folder = Path(run.folder)
         self.allow_data_change = allow_data_change
-        self.dataset = open_data(run, "train")
-        self.validation = open_data(run, "validation") if run.train.eval_every else None
+        self.dataset = world.together(lambda: open_data(run, "train"))
+        self.validation = (
+            world.together(lambda: open_data(run, "validation")) if run.train.eval_every else None
+        )
         self.store = CheckpointStore(self.folder / CHECKPOINTS, run.checkpoint, world)
         stack.callback(self.store.close)
         self.guard = AnomalyGuard(run.train.anomaly)
@@ -167,10 +184,14 @@ class _Start:
         self.stack.callback(self.engine.close)
         state = RunState() if manifest is None else self._resume(manifest)
         self.has_begun = True
-        if self.world.is_main:
-            record_start(run, self.world, state.step)
-        parts = self._parts(profile, None if manifest is None else state.step)
+        self.world.together(lambda: self._record(state.step))
+        resume_step = None if manifest is None else state.step
+        parts = self.world.together(lambda: self._parts(profile, resume_step))
         return TrainingLoop(run.train, run.checkpoint.every, parts).run(state)
+
+    def _record(self, step: int) -> None:
+        if self.world.is_main:
+            record_start(self.run, self.world, step, self.dataset.tokenizer_path)
 
     def _check_data(self, manifest: Manifest) -> None:
         if manifest.run.data_fingerprint == self.dataset.digest:
@@ -222,6 +243,7 @@ class _Start:
                 "tokens": state.tokens,
                 "anomaly": self.guard.state_dict(),
                 "data": self.dataset.fingerprint,
+                "tokenizer": to_dict(self.dataset.tokenizer),
             },
         )
         self.store.save(position, self.engine.export_state())

@@ -12,6 +12,7 @@ from mpotrain.errors import MpotrainError
 from mpotrain.models.activations import ActivationMemory, activation_memory
 from mpotrain.models.config import Site
 from mpotrain.parallel.plan import batch_layout
+from mpotrain.tensor.device import DType
 from mpotrain.tensor.plan import PROFILES, ContractionPlan, plan_contraction
 
 
@@ -29,6 +30,8 @@ class SiteReport:
         dense_parameters: of all copies if they were dense.
         plan: the contraction plan in words.
         time_ratio: predicted forward + backward time over a dense layer's.
+        kept_bytes: rebuilt matrices kept for the backward pass, all copies.
+        transient_bytes: peak of short-lived bytes while one copy is computed.
         flops_per_step: executed FLOPs, forward and backward, all copies and ranks.
     """
 
@@ -41,6 +44,8 @@ class SiteReport:
     dense_parameters: int
     plan: str
     time_ratio: float
+    kept_bytes: int
+    transient_bytes: int
     flops_per_step: float
 
 
@@ -63,6 +68,8 @@ class PlanReport:
         executed_flops_per_step: what the plans execute, attention included.
         state: bytes of weights, masters, gradients and moments of a rank.
         activations: bytes of a micro-batch.
+        kept_weights: bytes of rebuilt matrices kept for the backward pass.
+        transient: peak of short-lived bytes of a tensorized site.
         traffic: bytes a rank sends in a step.
         checkpoint_bytes: size of one checkpoint.
         problems: why the run cannot start; empty when it can.
@@ -82,15 +89,23 @@ class PlanReport:
     executed_flops_per_step: float
     state: StateMemory
     activations: ActivationMemory
+    kept_weights: int
+    transient: int
     traffic: StepTraffic
     checkpoint_bytes: int
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def memory_per_rank(self) -> int:
+        """Bytes of one rank's device at the highest point: all of the above together."""
+        return self.state.total + self.activations.total + self.kept_weights + self.transient
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain data, totals included."""
         data = asdict(self)
         for key in ("state", "activations", "traffic"):
             data[key]["total"] = getattr(self, key).total
+        data["memory_per_rank"] = self.memory_per_rank
         data["compression"] = self.dense_num_parameters / self.num_parameters
         return data
 
@@ -122,11 +137,19 @@ def weigh(run: RunConfig, world_size: int = 1, device: str = "h200") -> PlanRepo
     tokens = train.micro_batch_size * run.data.sequence_length
     num_microbatches = train.global_batch_size // train.micro_batch_size
     sites = [
-        _site_report(group, run.engine.dtype, tokens, num_microbatches, device)
+        _site_report(
+            group,
+            run.engine.dtype,
+            tokens,
+            num_microbatches,
+            device,
+            forwards=2 if model.activation_checkpointing and group[0].family != "embedding" else 1,
+        )
         for group in _families(run)
     ]
     num_tokens = train.global_batch_size * run.data.sequence_length
-    attention = 6 * model.num_layers * model.hidden_size * run.data.sequence_length
+    passes = 8 if model.activation_checkpointing else 6
+    attention = passes * model.num_layers * model.hidden_size * run.data.sequence_length
     return PlanReport(
         name=run.name,
         world_size=world_size,
@@ -145,6 +168,8 @@ def weigh(run: RunConfig, world_size: int = 1, device: str = "h200") -> PlanRepo
         activations=activation_memory(
             model, tokens, run.data.sequence_length, 2 if run.engine.dtype == "bf16" else 4
         ),
+        kept_weights=sum(site.kept_bytes for site in sites),
+        transient=max(site.transient_bytes for site in sites),
         traffic=step_traffic(run.engine, sizes, world_size, accumulation),
         checkpoint_bytes=12 * sum(sizes),
         problems=problems,
@@ -177,7 +202,13 @@ def _by_part(run: RunConfig) -> dict[str, int]:
 
 
 def _site_report(
-    group: list[Site], dtype: str, tokens: int, num_microbatches: int, device: str
+    group: list[Site],
+    dtype: DType,
+    tokens: int,
+    num_microbatches: int,
+    device: str,
+    *,
+    forwards: int,
 ) -> SiteReport:
     site, copies = group[0], len(group)
     dense = site.in_features * site.out_features
@@ -193,7 +224,9 @@ def _site_report(
             dense_parameters=copies * dense,
             plan="dense",
             time_ratio=1.0,
-            flops_per_step=6.0 * dense * tokens * calls,
+            kept_bytes=0,
+            transient_bytes=0,
+            flops_per_step=(2.0 * forwards + 4.0) * dense * tokens * calls,
         )
     spec = site.spec if site.family != "embedding" else site.spec.transposed()
     plan: ContractionPlan = plan_contraction(
@@ -214,7 +247,9 @@ def _site_report(
         dense_parameters=copies * dense,
         plan=_plan_words(plan),
         time_ratio=plan.ratio,
-        flops_per_step=float(plan.forward_flops + plan.backward_flops) * calls,
+        kept_bytes=copies * plan.saved_bytes,
+        transient_bytes=plan.transient_bytes,
+        flops_per_step=float(forwards * plan.forward_flops + plan.backward_flops) * calls,
     )
 
 
@@ -244,14 +279,17 @@ def render(report: PlanReport) -> str:
     ]
     state, activations = report.state, report.activations
     lines += [
-        f"memory per rank   {human_bytes(state.total + activations.total)}",
+        f"memory per rank   {human_bytes(report.memory_per_rank)}",
         f"  weights         {human_bytes(state.weights)}",
         f"  masters         {human_bytes(state.masters)}",
         f"  gradients       {human_bytes(state.gradients)}",
         f"  moments         {human_bytes(state.moments)}",
-        f"  on host         {human_bytes(state.on_host)}",
+        f"  buffers         {human_bytes(state.buffers)}",
+        f"  on host         {human_bytes(state.on_host)} (not counted above)",
         f"  activations     {human_bytes(activations.blocks)} kept by the blocks, "
         f"{human_bytes(activations.output)} at the loss",
+        f"  rebuilt W       {human_bytes(report.kept_weights)} kept, "
+        f"{human_bytes(report.transient)} short-lived",
         f"traffic per step  {human_bytes(report.traffic.total)} sent by each rank "
         f"(gradients {human_bytes(report.traffic.gradients)}, "
         f"weights {human_bytes(report.traffic.weights)})",

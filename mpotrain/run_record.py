@@ -10,7 +10,6 @@ import json
 import platform
 import subprocess
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 
 from mpotrain.checkpoint.manifest_file import library_versions
 from mpotrain.config import RunConfig, dump_config
+from mpotrain.durable import write_durably
 from mpotrain.errors import StorageError
 from mpotrain.parallel.ranks import World
 
@@ -26,13 +26,14 @@ ENVIRONMENT_FILE = "environment.jsonl"
 OUTCOME_FILE = "outcome.json"
 
 
-def record_start(run: RunConfig, world: World, step: int) -> None:
-    """Write the resolved configuration, and add a line about this start.
+def record_start(run: RunConfig, world: World, step: int, tokenizer: Path | None) -> None:
+    """Write the resolved configuration and the tokenizer, and add a line about this start.
 
     Args:
         run: the resolved run.
         world: the ranks of this start.
         step: step from which this start goes on.
+        tokenizer: file of the tokenizer of the data; None where the data have none.
 
     Raises:
         StorageError: the run folder cannot be written.
@@ -49,7 +50,9 @@ def record_start(run: RunConfig, world: World, step: int) -> None:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / CONFIG_FILE, dump_config(run))
+        write_durably(folder / CONFIG_FILE, dump_config(run).encode())
+        if tokenizer is not None:
+            write_durably(folder / tokenizer.name, tokenizer.read_bytes())
         with (folder / ENVIRONMENT_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         (folder / OUTCOME_FILE).unlink(missing_ok=True)
@@ -68,7 +71,7 @@ def record_outcome(folder: Path, outcome: str, detail: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         content = {"outcome": outcome, "detail": detail}
-        _replace(folder / OUTCOME_FILE, json.dumps(content) + "\n")
+        write_durably(folder / OUTCOME_FILE, (json.dumps(content) + "\n").encode())
     except OSError as error:
         raise StorageError(f"{folder / OUTCOME_FILE}: cannot be written ({error})") from error
 
@@ -89,12 +92,6 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         }
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _device_name(device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,8 +17,13 @@ from mpotrain.checkpoint.config import CheckpointConfig
 from mpotrain.checkpoint.manifest import WEIGHT, Manifest
 from mpotrain.checkpoint.store import CheckpointStore
 from mpotrain.config import RunConfig, config_from_table
-from mpotrain.data.dataset import BlendedDataset
-from mpotrain.data.manifest import MANIFEST_NAME, read_manifest
+from mpotrain.data.manifest import (
+    MANIFEST_NAME,
+    TokenizerEntry,
+    file_digest,
+    read_manifest,
+    tokenizer_digest,
+)
 from mpotrain.data.stream import Split
 from mpotrain.data.tokenizer import Tokenizer, open_tokenizer
 from mpotrain.engine.config import LocalConfig
@@ -41,11 +47,13 @@ class TrainedModel:
     Attributes:
         run: the configuration that it was trained with, overrides applied.
         manifest: of the checkpoint.
+        folder: run folder that holds the checkpoint.
         model: with the checkpoint's weights, in evaluation mode.
     """
 
     run: RunConfig
     manifest: Manifest
+    folder: Path
     model: nn.Module
 
 
@@ -84,21 +92,21 @@ def saved_run(manifest: Manifest, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_trained(folder: Path, step: int | None, overrides: Sequence[str] = ()) -> TrainedModel:
-    """Read a model back for use in one process, in fp32 unless overridden.
+    """Read a model back on the CPU, to compute in the run's dtype unless overridden.
 
     Raises:
         CheckpointError: no sound checkpoint, or it does not fit the model of `overrides`.
     """
     store, manifest = find_checkpoint(folder, step)
     run = saved_run(manifest, overrides)
+    prepare_torch(run)
     model = build_model(run.model, seed=run.train.seed, dtype=run.engine.dtype)
     require_model(manifest, model_signatures(model, run))
     reader = store.open(manifest.step)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(reader.read(name, (WEIGHT,))[WEIGHT])
-    model.to(resolve_device(run.engine.device)).eval()
-    return TrainedModel(run, manifest, model)
+    return TrainedModel(run, manifest, store.folder.parent, model.eval())
 
 
 def evaluate_checkpoint(
@@ -108,18 +116,30 @@ def evaluate_checkpoint(
 
     Returns:
         The result on the first rank, None on the others.
+
+    Raises:
+        DataError: the data were made with another tokenizer than the model's.
     """
     if sequences is not None and sequences < 1:
         raise ConfigError([f"{OVERRIDE_SOURCE}: --sequences {sequences}: must be at least 1"])
     trained = load_trained(folder, step, overrides)
-    run = trained.run
-    prepare_torch(run)
-    alone = resolve_environment_size() == 1
-    if alone:
+    run, ranks = trained.run, resolve_environment(os.environ)
+    # Evaluation knows no global batch: any number of ranks will do.
+    batch = run.train.micro_batch_size * ranks.size
+    run = replace(run, train=replace(run.train, global_batch_size=batch))
+    if ranks.size == 1:
         run = replace(run, engine=LocalConfig(dtype=run.engine.dtype, device=run.engine.device))
-    world = init_world(run.engine.kind, run.engine.device)
+    world = init_world(run.engine.kind, run.engine.device, ranks=ranks)
     try:
         dataset = open_data(run, split)
+        saved = saved_tokenizer(trained.manifest)
+        if dataset.tokenizer.digest != saved.digest:
+            raise DataError(
+                f"{run.data.sources[0].path}: its tokenizer ({dataset.tokenizer.kind}, "
+                f"{dataset.tokenizer.vocab_size:,} pieces) is not the one that {folder} was "
+                f"trained with ({saved.kind}, {saved.vocab_size:,} pieces); the loss would mean "
+                "nothing. Name data prepared with that tokenizer (data.sources=...)"
+            )
         engine = build_engine(run, trained.model, world)
         evaluator = Evaluator(
             engine, dataset, micro_batch_size=run.train.micro_batch_size, num_sequences=sequences
@@ -131,27 +151,35 @@ def evaluate_checkpoint(
         close_world(world)
 
 
-def resolve_environment_size() -> int:
-    """Return the number of processes that a launcher has started."""
-    import os
-
-    return resolve_environment(os.environ).size
+def saved_tokenizer(manifest: Manifest) -> TokenizerEntry:
+    """Return what a checkpoint says of the tokenizer of its data."""
+    return TokenizerEntry(**manifest.run.train_state["tokenizer"])
 
 
-def run_tokenizer(run: RunConfig) -> Tokenizer:
-    """Open the tokenizer of a run's data.
+def run_tokenizer(trained: TrainedModel) -> Tokenizer:
+    """Open the tokenizer that a model was trained with, from its run folder or its data.
 
     Raises:
-        DataError: the prepared data are not there.
+        DataError: it is nowhere to be found, or the file is another one.
     """
-    dataset = BlendedDataset(run.data, "train")
-    path = dataset.tokenizer_path
-    if path is None:
+    entry = saved_tokenizer(trained.manifest)
+    if entry.file is None:
         raise DataError(
-            f"{run.data.sources[0].path}: the data are token numbers without a tokenizer; "
+            f"{trained.folder}: the model was trained on token numbers without a tokenizer; "
             "text can neither be read nor written"
         )
-    return open_tokenizer(path, dataset.tokenizer.eot_id)
+    places = [trained.folder, *(Path(source.path) for source in trained.run.data.sources)]
+    for place in places:
+        path = place / entry.file
+        if not path.is_file():
+            continue
+        content = file_digest(path)
+        if tokenizer_digest(entry.kind, content, entry.vocab_size, entry.eot_id) == entry.digest:
+            return open_tokenizer(path, entry.eot_id)
+    raise DataError(
+        f"{entry.file}: the tokenizer of this model is in none of "
+        f"{', '.join(map(str, places))} (or the file there is another one); put it back"
+    )
 
 
 def generate_texts(
@@ -163,7 +191,8 @@ def generate_texts(
         Prompt and continuation, one text for each sample; sample n draws with seed + n.
     """
     trained = load_trained(folder, step)
-    tokenizer = run_tokenizer(trained.run)
+    tokenizer = run_tokenizer(trained)
+    trained.model.to(resolve_device(trained.run.engine.device))
     start = tokenizer.encode(prompt)
     if not start:
         # Documents begin after the end of another one.
@@ -178,18 +207,17 @@ def generate_texts(
             vocab_size=tokenizer.vocab_size,
             stop_token=tokenizer.eot_id,
         )
-        texts.append(
-            prompt + tokenizer.decode(new) if not prompt else tokenizer.decode(start + new)
-        )
+        texts.append(tokenizer.decode([*start, *new]) if prompt else tokenizer.decode(new))
     return texts
 
 
-def held_out_text(run: RunConfig, max_bytes: int) -> bytes:
-    """Return the beginning of the validation text, decoded from its tokens."""
-    tokenizer, dataset = run_tokenizer(run), BlendedDataset(run.data, "validation")
-    stream = dataset.sources[0].stream
-    tokens = stream.read(0, min(stream.num_tokens, max_bytes))
-    return tokenizer.decode(tokens.tolist()).encode()[:max_bytes]
+def held_out_text(folder: Path) -> bytes:
+    """Return the validation text of a run, decoded from the tokens of its data."""
+    trained = load_trained(folder, None)
+    tokenizer, dataset = run_tokenizer(trained), open_data(trained.run, "validation")
+    streams = [source.stream for source in dataset.sources]
+    texts = (tokenizer.decode(s.read(0, s.num_tokens).tolist()) for s in streams)
+    return "".join(texts).encode()
 
 
 def inspect_folder(folder: Path, step: int | None) -> tuple[dict[str, Any], str]:

@@ -6,6 +6,8 @@ numbers are read from the journal that every run writes.
 
 from __future__ import annotations
 
+import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpotrain.config import RunConfig, load_config
-from mpotrain.errors import MpotrainError
+from mpotrain.errors import EXIT_CRASH, EXIT_STOPPED, MpotrainError
 from mpotrain.train.journal import read_metrics
 
 DENSE_TWIN = tuple(
@@ -73,15 +75,36 @@ def train_variants(
         prepared.append((name, own, load_config(run_file, own)))
     results = []
     for name, overrides, run in prepared:
-        command = [sys.executable, "-m", "mpotrain", "train", str(run_file), *overrides]
-        code = subprocess.run(command, check=False).returncode
+        arguments = ["mpotrain", "train", str(run_file), *overrides]
+        code = _run([sys.executable, "-m", *arguments])
+        if code == EXIT_STOPPED:
+            error = MpotrainError(f"{name} was stopped and saved; run the same command to go on")
+            error.exit_code = EXIT_STOPPED
+            raise error
         if code != 0:
-            raise MpotrainError(
-                f"variant {name} ended with exit code {code}; run it alone: "
-                f"mpotrain train {run_file} {' '.join(overrides)}"
+            error = MpotrainError(
+                f"{name} ended with exit code {code}; run it alone: {shlex.join(arguments)}"
             )
+            error.exit_code = code if code > 0 else EXIT_CRASH
+            raise error
         results.append(read_variant(name, run))
     return results
+
+
+def _run(command: list[str]) -> int:
+    """Run a child to its end; passes SIGTERM on, and lets it save after Ctrl-C."""
+    child = subprocess.Popen(command)
+    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    try:
+        while True:
+            try:
+                return child.wait()
+            except KeyboardInterrupt:
+                # The terminal has sent it to the child as well, which saves now; a second Ctrl-C
+                # kills the child by itself.
+                continue
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def read_variant(name: str, run: RunConfig) -> Variant:
@@ -95,9 +118,9 @@ def read_variant(name: str, run: RunConfig) -> Variant:
     evaluations = read_metrics(folder, "eval")
     if not steps or not evaluations:
         raise MpotrainError(f"{folder}: the journal has no finished training with an evaluation")
-    measured = [(s["tokens"], s["tokens_per_second"]) for s in steps if "tokens_per_second" in s]
-    # Equal numbers of steps between two lines: the harmonic mean is tokens over time.
-    rate = len(measured) / sum(1 / speed for _, speed in measured) if measured else 0.0
+    measured = [s for s in steps if "measured_seconds" in s]
+    seconds = sum(s["measured_seconds"] for s in measured)
+    rate = sum(s["measured_tokens"] for s in measured) / seconds if seconds else 0.0
     last = evaluations[-1]
     return Variant(
         name=name,

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mpotrain.data.durable import fsync_folder, storage_errors, write_durably
 from mpotrain.data.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -18,6 +17,7 @@ from mpotrain.data.manifest import (
     json_digest,
     read_manifest,
 )
+from mpotrain.durable import fsync_folder, storage_errors, write_durably
 from mpotrain.errors import DataError, StorageError
 
 SETTINGS_NAME = "prepare.json"

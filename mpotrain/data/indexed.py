@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from mpotrain.data.durable import publish, storage_errors, tmp_path
+from mpotrain.durable import publish, storage_errors, tmp_path
 from mpotrain.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"

@@ -138,7 +138,11 @@ class Loader:
         stride = micro * self.layout.world_size
         for round_start in range(0, wanted, stride):
             start = round_start + self._rank * micro
-            numbers = range(start, min(start + micro, wanted))
+            # Spread over the whole split: its beginning alone would be a few documents.
+            numbers = [
+                number * self._dataset.num_samples // wanted
+                for number in range(start, min(start + micro, wanted))
+            ]
             rows = [self._dataset.fixed(number) for number in numbers]
             yield self._pinned(self._batch(rows, numbers))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import xxhash
 from pydantic import TypeAdapter, ValidationError
 
-from mpotrain.data.durable import write_durably
+from mpotrain.durable import write_durably
 from mpotrain.errors import DataError
 from mpotrain.schema import config, to_dict
 

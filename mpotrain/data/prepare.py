@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from mpotrain.data import sources
 from mpotrain.data.claim import claim, finished, lock, plain
 from mpotrain.data.config import ExistingTokenizerConfig, PrepareConfig
-from mpotrain.data.durable import remove_unfinished, storage_errors
 from mpotrain.data.feed import Parcel, Raw, ShardFeed, raw_text, raw_tokens, with_raw
 from mpotrain.data.indexed import token_dtype
 from mpotrain.data.manifest import (
@@ -40,6 +39,7 @@ from mpotrain.data.tokenizer import (
 )
 from mpotrain.data.tokenizer_training import train_sentencepiece
 from mpotrain.data.workers import default_num_workers, tokenize
+from mpotrain.durable import remove_unfinished, storage_errors
 from mpotrain.errors import ConfigError, DataError
 from mpotrain.schema import to_dict
 

@@ -14,9 +14,9 @@ import xxhash
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from mpotrain.data.durable import write_durably
 from mpotrain.data.indexed import IndexedWriter, bin_path, idx_path
 from mpotrain.data.manifest import ShardEntry, file_digest
+from mpotrain.durable import write_durably
 from mpotrain.errors import DataError
 from mpotrain.schema import config, to_dict
 

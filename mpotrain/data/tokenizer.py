@@ -14,7 +14,6 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 
-from mpotrain.data.durable import write_durably
 from mpotrain.data.manifest import (
     MANIFEST_NAME,
     TokenizerEntry,
@@ -22,6 +21,7 @@ from mpotrain.data.manifest import (
     read_manifest,
     tokenizer_digest,
 )
+from mpotrain.durable import write_durably
 from mpotrain.errors import DataError
 
 SPACE_MARK = "\u2581"

@@ -15,7 +15,7 @@ import sentencepiece
 import xxhash
 
 from mpotrain.data.config import SentencePieceConfig
-from mpotrain.data.durable import write_durably
+from mpotrain.durable import write_durably
 from mpotrain.errors import DataError
 
 PASSAGE_CHARACTERS = 2000

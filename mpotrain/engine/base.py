@@ -178,17 +178,17 @@ def skip_reason(
         loss: mean loss of the global batch.
         grad_norm: L2 norm of the whole gradient.
         num_tokens: targets that counted.
-        guard: asked first, so that it can count what it sees.
+        guard: asked before the rest, so that it can count what it sees.
 
     Returns:
         The reason, or None for an update. Values that are not finite never reach the weights,
         whatever the guard says.
     """
+    if num_tokens == 0:
+        return "no target of the global batch counts in the loss"
     reason = None if guard is None else guard(loss, grad_norm)
     if reason is not None:
         return reason
-    if num_tokens == 0:
-        return "no target of the global batch counts in the loss"
     if not math.isfinite(loss):
         return f"loss is {loss}"
     if not math.isfinite(grad_norm):

@@ -24,6 +24,7 @@ class StateMemory:
         masters: fp32 copies beside 16-bit or flat weights; 0 where the weight is the master.
         gradients: accumulated gradients.
         moments: both moments of AdamW.
+        buffers: for messages: gradients in flight, weights gathered ahead.
         on_host: part of the above that lives in host memory (offload).
     """
 
@@ -31,12 +32,14 @@ class StateMemory:
     masters: int
     gradients: int
     moments: int
+    buffers: int = 0
     on_host: int = 0
 
     @property
     def total(self) -> int:
         """Bytes on the device."""
-        return self.weights + self.masters + self.gradients + self.moments - self.on_host
+        held = self.weights + self.masters + self.gradients + self.moments + self.buffers
+        return held - self.on_host
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,22 @@ def state_memory(engine: EngineConfig, sizes: Sequence[int], world_size: int) ->
     on_host = masters + moments if engine.offload_optimizer else 0
     if engine.offload_parameters:
         on_host += weights
-    return StateMemory(weights, masters, gradients, moments, on_host)
+    buffers = _buffers(engine, sizes, width) if world_size > 1 else 0
+    return StateMemory(weights, masters, gradients, moments, buffers, on_host)
+
+
+def _buffers(engine: DeepSpeedConfig, sizes: Sequence[int], width: int) -> int:
+    """Return the bytes of message buffers: buckets that are filled and buckets in flight."""
+    count = sum(sizes)
+    reduced = FP32 if engine.reduce_dtype == "fp32" else 2
+    bucket = reduced * min(engine.reduce_bucket_elements, count)
+    if engine.zero_stage == 0:
+        return bucket
+    if engine.zero_stage < 3:
+        return bucket * (2 if engine.overlap_communication and engine.zero_stage == 2 else 1)
+    split = sum(size for size in sizes if size > engine.persistence_threshold)
+    ahead = min(engine.prefetch_elements, engine.max_live_elements, split)
+    return bucket + width * ahead
 
 
 def step_traffic(
@@ -107,12 +125,16 @@ def step_traffic(
     reduced = FP32 if engine.reduce_dtype == "fp32" else 2
     if stage == 0:
         return StepTraffic(round(2 * part * reduced * count), 0)
-    # Stages 2 and 3 reduce every micro-batch, stage 1 once per step.
+    # Stages 2 and 3 reduce every micro-batch, stage 1 once per step. Stages 1 and 2 all-reduce
+    # whole buckets (use_multi_rank_bucket_allreduce), stage 3 reduce-scatters.
     reductions = accumulation if stage >= 2 else 1
-    gradients = round(part * reduced * count * reductions)
+    rings = 1 if stage == 3 else 2
+    gradients = round(rings * part * reduced * count * reductions)
     if stage < 3:
         return StepTraffic(gradients, round(part * width * count))
     split = sum(size for size in sizes if size > engine.persistence_threshold)
-    # Forward and backward of every micro-batch gather what is split; the step gathers the rest.
-    gathers = 2 * accumulation * split + (count - split)
+    # Forward of every micro-batch gathers what is split, and backward once more where too much is
+    # live to be kept in between; the step gathers the rest.
+    passes = 1 if split <= engine.max_live_elements else 2
+    gathers = passes * accumulation * split + (count - split)
     return StepTraffic(gradients, round(part * width * gathers))

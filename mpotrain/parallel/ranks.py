@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mpotrain.errors import ParallelError
+from mpotrain.errors import MpotrainError, ParallelError
 from mpotrain.parallel.environment import Ranks, export_environment, resolve_environment
 from mpotrain.parallel.seeds import microbatch_seed
 from mpotrain.parallel.watch import watch_parent
@@ -102,6 +103,32 @@ class World:
         box: list[Any] = [None] * self.size
         dist.all_gather_object(box, value)
         return box
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Run `action` on every rank; where one fails, all do.
+
+        Without this, an error on one rank leaves the others waiting in their next collective.
+
+        Returns:
+            This rank's result.
+
+        Raises:
+            MpotrainError: this rank's own error.
+            ParallelError: another rank failed; names it, with its text.
+        """
+        error: MpotrainError | None = None
+        try:
+            result = action()
+        except MpotrainError as raised:
+            error = raised
+        texts = self.gather_objects(None if error is None else str(error))
+        if error is not None:
+            raise error
+        failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
+        if failed:
+            rank, text = failed[0]
+            raise ParallelError(f"rank {rank} failed: {text}")
+        return result
 
     def barrier(self) -> None:
         """Wait for all ranks."""

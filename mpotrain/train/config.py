@@ -238,11 +238,12 @@ class TrainConfig:
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
     stop_after: int | None = None
-    """Save and stop once this many steps of the run are done, as on a request; absent: never."""
+    """End at this step for now: the schedule still belongs to all `steps`; absent: never."""
     time_limit_minutes: float | None = None
     """Save and stop after this time (wall clock of this start); absent: no limit."""
     deterministic: bool = True
-    """Use deterministic kernels only: the same layout gives the same bits (slower on CUDA)."""
+    """Use deterministic kernels wherever torch has them (and warn where it has none): the same
+    layout gives the same bits. Slower on CUDA."""
     profile: ProfileConfig | None = None
     """Record a profiler trace; absent: none."""
 

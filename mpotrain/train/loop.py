@@ -17,7 +17,7 @@ from mpotrain.batch import Batch
 from mpotrain.engine.base import Engine, StepResult
 from mpotrain.train.anomaly import AnomalyGuard
 from mpotrain.train.config import TrainConfig
-from mpotrain.train.metrics import MetricsWriter, Throughput, peak_memory
+from mpotrain.train.metrics import MetricsWriter, Rate, Throughput, peak_memory
 from mpotrain.train.profiler import StepProfiler
 from mpotrain.train.progress import Progress, StepReport
 from mpotrain.train.schedule import learning_rate
@@ -71,6 +71,7 @@ class TrainingLoop:
         """
         self._config, self._checkpoint_every, self._parts = config, checkpoint_every, parts
         self._saved_step = -1
+        self._last_step = min(config.steps, config.stop_after or config.steps)
 
     def run(self, state: RunState) -> tuple[Outcome, RunState]:
         """Train from `state` on; all ranks call this together.
@@ -87,9 +88,7 @@ class TrainingLoop:
         with ExitStack() as stack:
             for part in (parts.stop, parts.progress, parts.profiler):
                 stack.enter_context(part)
-            while state.step < self._config.steps:
-                if state.step == self._config.stop_after:
-                    parts.stop.request(StopReason.STOP_AFTER)
+            while state.step < self._last_step:
                 reason = StopReason(parts.engine.world.agree(parts.stop.requested()))
                 if reason is not StopReason.NONE:
                     parts.progress.note(f"stopping at step {state.step}: {reason.text}")
@@ -157,7 +156,8 @@ class TrainingLoop:
                 mfu=rate and rate.mfu,
                 memory_bytes=peak_memory(parts.engine.world.device),
             )
-            parts.metrics.write(state.step, _metrics(report, result, state, parts.guard))
+            values = _metrics(report, result, state, parts.guard) | _measured(rate)
+            parts.metrics.write(state.step, values)
         parts.progress.update(report)
 
     def _save(self, state: RunState) -> None:
@@ -169,6 +169,13 @@ class TrainingLoop:
 
     def _due(self, step: int, every: int | None) -> bool:
         return every is not None and (step % every == 0 or step == self._config.steps)
+
+
+def _measured(rate: Rate | None) -> dict[str, Any]:
+    """Return tokens and time behind `tokens_per_second`, so that lines can be added up."""
+    if rate is None:
+        return {}
+    return {"measured_tokens": rate.num_tokens, "measured_seconds": rate.seconds}
 
 
 def _metrics(

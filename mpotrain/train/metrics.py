@@ -65,7 +65,8 @@ class MetricsWriter:
             # Importing TensorBoard takes a second: only where it is used.
             from torch.utils.tensorboard import SummaryWriter
 
-            purge = None if resume_step is None else resume_step + 1
+            # A run that died before its first checkpoint has written events too.
+            purge = (resume_step or 0) + 1
             with _storage_errors(run_folder / TENSORBOARD_FOLDER):
                 self._board = SummaryWriter(
                     log_dir=str(run_folder / TENSORBOARD_FOLDER), purge_step=purge

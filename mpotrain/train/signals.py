@@ -46,8 +46,6 @@ class StopReason(IntEnum):
     """Ctrl-C."""
     LAUNCHER_DIED = 6
     """The process that started this one is gone."""
-    STOP_AFTER = 7
-    """The step of `train.stop_after` is reached."""
 
     @property
     def text(self) -> str:
@@ -63,7 +61,6 @@ _TEXTS = {
     StopReason.SIGTERM: "signal SIGTERM came",
     StopReason.SIGINT: "signal SIGINT came (Ctrl-C)",
     StopReason.LAUNCHER_DIED: "the launcher of this process died",
-    StopReason.STOP_AFTER: "train.stop_after is reached",
 }
 
 _SIGNALS = {

@@ -24,7 +24,8 @@ NUM_PUBLISHED = 2 + 4 * NUM_SHARDS + 1
 
 CHILD = """
 import json, os, resource, signal, sys
-from mpotrain.data import durable, indexed
+from mpotrain import durable
+from mpotrain.data import indexed
 from mpotrain.data.config import PrepareConfig, SentencePieceConfig
 from mpotrain.data.prepare import prepare
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from run_process import curve, train
+from run_process import curve, train, write_run
 
 TOLERANCE = 1e-5
 
@@ -42,3 +42,20 @@ def test_a_world_that_does_not_divide_the_batch_is_refused(new_run: Callable[[],
     assert "train.global_batch_size" in done.stderr
     assert "nearest valid choices" in done.stderr
     assert not (run.parent / "run").exists()
+
+
+def test_zero3_splits_cores_embedding_and_recomputed_blocks(
+    markov_data: Path, tmp_path: Path
+) -> None:
+    """Nothing stays whole: every core, tied tensorized embedding and norm is gathered for use."""
+    model = [
+        "model.activation_checkpointing=true",
+        "model.sites.embedding={kind='mpo', in_modes=[8, 8], out_modes=[4, 8], cap=12}",
+        "model.sites.qkv={kind='mpo', in_modes=[4, 8], out_modes=[8, 12], cap=8, plan='chain'}",
+        "model.sites.attention_out={kind='ttm', rank=6, keep_weight=true}",
+    ]
+    runs = [write_run(tmp_path / name, markov_data) for name in ("local", "zero")]
+    train(runs[0], *model)
+    engine = "engine={kind='deepspeed', zero_stage=3, persistence_threshold=0}"
+    train(runs[1], *model, engine, launcher="torchrun", world=2)
+    same_curve(tmp_path / "zero" / "run", tmp_path / "local" / "run")

@@ -7,7 +7,6 @@ import os
 
 import pytest
 
-from mpotrain.data.durable import remove_unfinished, write_durably
 from mpotrain.data.manifest import (
     Manifest,
     ShardEntry,
@@ -18,6 +17,7 @@ from mpotrain.data.manifest import (
     tokenizer_digest,
     write_manifest,
 )
+from mpotrain.durable import remove_unfinished, write_durably
 from mpotrain.errors import DataError, StorageError
 
 

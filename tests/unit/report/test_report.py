@@ -75,7 +75,7 @@ def test_zero3_keeps_small_parameters_whole_and_offload_moves_state() -> None:
     offload = replace(engine, offload_optimizer=True)
     memory = state_memory(offload, [1_000_000], 4)
     assert memory.on_host == memory.masters + memory.moments
-    assert memory.total == memory.weights + memory.gradients
+    assert memory.total == memory.weights + memory.gradients + memory.buffers
 
 
 def test_local_state_is_sixteen_bytes_a_parameter() -> None:
@@ -90,10 +90,33 @@ def test_traffic_of_rings() -> None:
     zero3 = step_traffic(DeepSpeedConfig(zero_stage=3), sizes, world, 3)
     ring = 0.75 * 4 * 1_000_000
     assert zero0.total == 2 * ring
-    assert (zero1.gradients, zero1.weights) == (ring, ring)
-    assert (zero2.gradients, zero2.weights) == (3 * ring, ring)
-    assert zero3.weights == 6 * ring
+    assert (zero1.gradients, zero1.weights) == (2 * ring, ring)
+    assert (zero2.gradients, zero2.weights) == (6 * ring, ring)
+    assert (zero3.gradients, zero3.weights) == (3 * ring, 3 * ring)
+    nothing_kept = DeepSpeedConfig(zero_stage=3, max_live_elements=0)
+    assert step_traffic(nothing_kept, sizes, world, 3).weights == 6 * ring
     assert step_traffic(DeepSpeedConfig(), sizes, 1, 3).total == 0
+
+
+def test_kept_and_transient_matrices_are_counted() -> None:
+    path = RUNS / "gpt2-small-ttm64.toml"
+    plain = weigh(load_config(path))
+    kept = weigh(load_config(path, ["model.sites.c_fc.keep_weight=true"]))
+    matrix = 4 * 768 * 3072
+    assert kept.kept_weights == 12 * matrix
+    assert plain.kept_weights == 0
+    assert plain.transient >= matrix
+    assert plain.memory_per_rank == (plain.state.total + plain.activations.total + plain.transient)
+
+
+def test_recomputed_blocks_cost_one_more_forward() -> None:
+    path = RUNS / "gpt2-small-dense.toml"
+    plain = weigh(load_config(path))
+    again = weigh(load_config(path, ["model.activation_checkpointing=true"]))
+    blocks = 12 * (768 * 2304 + 768 * 768 + 2 * 768 * 3072)
+    extra = (2 * blocks + 2 * 12 * 768 * 512) * plain.tokens_per_step
+    assert again.executed_flops_per_step - plain.executed_flops_per_step == pytest.approx(extra)
+    assert again.activations.blocks < plain.activations.blocks / 5
 
 
 def test_json_has_the_totals_and_the_problems() -> None:
