@@ -121,7 +121,7 @@ def tltorch_candidate(
         out_tensorized_features=spec.out_modes,
         bias=False,
         factorization="blocktt",
-        rank=spec.full_bonds,
+        rank=spec.all_bonds,
         implementation=implementation,
     ).to(cores[0].device, dtype)
     parameters = list(layer.parameters())

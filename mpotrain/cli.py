@@ -163,7 +163,13 @@ def _add_plan(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     _add_run(parser)
     parser.add_argument("--world", type=int, default=1, metavar="N", help="number of processes")
-    parser.add_argument("--device", default="h200", help="device profile of the cost model")
+    parser.add_argument(
+        "--device",
+        help="device profile of the cost model (default: h200, or cpu where engine.device is cpu)",
+    )
+    parser.add_argument(
+        "--sites", action="store_true", help="also print every contraction, operation by operation"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

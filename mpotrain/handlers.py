@@ -52,17 +52,25 @@ def prepare(options: argparse.Namespace) -> int:
 def plan(options: argparse.Namespace) -> int:
     """Weigh a run."""
     from mpotrain.config import load_config
-    from mpotrain.report import render, weigh
+    from mpotrain.report import render, render_operations, weigh
     from mpotrain.tensor.plan import PROFILES
 
-    if options.device not in PROFILES:
+    if options.device not in (None, *PROFILES):
         raise ConfigError(
             [f"command line: --device {options.device}: known are {', '.join(PROFILES)}"]
         )
     if options.world < 1:
         raise ConfigError([f"command line: --world {options.world}: must be at least 1"])
-    report = weigh(load_config(options.run, options.overrides), options.world, options.device)
+    try:
+        run = load_config(options.run, options.overrides)
+    except ConfigError as error:
+        if options.json:
+            print(json.dumps({"problems": error.problems}, indent=2))
+        raise
+    report = weigh(run, options.world, options.device)
     print(json.dumps(report.to_json(), indent=2) if options.json else render(report))
+    if options.sites and not options.json:
+        print(render_operations(run, report.device))
     return EXIT_BAD_INPUT if report.problems else EXIT_DONE
 
 

@@ -110,18 +110,20 @@ class PlanReport:
         return data
 
 
-def weigh(run: RunConfig, world_size: int = 1, device: str = "h200") -> PlanReport:
+def weigh(run: RunConfig, world_size: int = 1, device: str | None = None) -> PlanReport:
     """Weigh a run.
 
     Args:
         run: a validated run.
         world_size: number of ranks.
-        device: name of a device profile (`mpotrain.tensor.plan.PROFILES`).
+        device: name of a device profile (`mpotrain.tensor.plan.PROFILES`); by default `cpu`
+            where the run asks for it, else `h200`.
 
     Returns:
         Sizes, plans, FLOPs, memory, traffic and problems.
     """
     model, train = run.model, run.train
+    device = device or ("cpu" if run.engine.device == "cpu" else "h200")
     if run.engine.dtype == "bf16" and f"{device}-tf32" in PROFILES:
         # In 16-bit runs cores are merged in TF32 on CUDA.
         device = f"{device}-tf32"
@@ -213,7 +215,7 @@ def _site_report(
     site, copies = group[0], len(group)
     dense = site.in_features * site.out_features
     calls = copies * num_microbatches
-    if site.spec is None or site.choice.kind == "dense":
+    if site.spec is None:
         return SiteReport(
             family=site.family,
             copies=copies,
@@ -228,15 +230,8 @@ def _site_report(
             transient_bytes=0,
             flops_per_step=(2.0 * forwards + 4.0) * dense * tokens * calls,
         )
-    spec = site.spec if site.family != "embedding" else site.spec.transposed()
-    plan: ContractionPlan = plan_contraction(
-        spec,
-        tokens,
-        dtype,
-        PROFILES[device],
-        force=None if site.choice.plan == "auto" else site.choice.plan,
-        keep_weight=site.choice.keep_weight,
-    )
+    plan = _site_plan(site, dtype, tokens, device)
+    assert plan is not None
     return SiteReport(
         family=site.family,
         copies=copies,
@@ -251,6 +246,32 @@ def _site_report(
         transient_bytes=plan.transient_bytes,
         flops_per_step=float(forwards * plan.forward_flops + plan.backward_flops) * calls,
     )
+
+
+def _site_plan(site: Site, dtype: DType, tokens: int, device: str) -> ContractionPlan | None:
+    """Return the plan of a site as its layer will ask for it; None when dense."""
+    if site.spec is None or site.choice.kind == "dense":
+        return None
+    # Of a tied embedding the output layer is the one that costs: the transposed operator.
+    return plan_contraction(
+        site.spec.transposed() if site.family == "embedding" else site.spec,
+        tokens,
+        dtype,
+        PROFILES[device],
+        force=None if site.choice.plan == "auto" else site.choice.plan,
+        keep_weight=site.choice.keep_weight,
+    )
+
+
+def render_operations(run: RunConfig, device: str) -> str:
+    """Return every contraction of every family of sites, operation by operation."""
+    tokens = run.train.micro_batch_size * run.data.sequence_length
+    tables = []
+    for group in _families(run):
+        plan = _site_plan(group[0], run.engine.dtype, tokens, device)
+        if plan is not None:
+            tables.append(f"\n{group[0].family}\n{plan.describe()}")
+    return "\n".join(tables) or "\nevery site is dense"
 
 
 def _plan_words(plan: ContractionPlan) -> str:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import log
 
 import torch
 from torch import nn
 
 from mpotrain.nn.linear import TensorizedEmbedding, TensorizedLinear
-from mpotrain.tensor.spec import MPOSpec, exact_bonds
-from mpotrain.tensor.spectra import bond_spectra, core_norms, entanglement_entropy
+from mpotrain.tensor.spec import MPOSpec
+from mpotrain.tensor.spectra import (
+    bond_spectra,
+    core_norms,
+    entanglement_entropy,
+    normalised_entropies,
+)
 
 
 @dataclass(frozen=True)
@@ -55,26 +59,14 @@ def model_spectra(model: nn.Module) -> list[SiteSpectrum]:
     for name, layer in tensorized_layers(model):
         cores = [core.detach().to("cpu", torch.float64) for core in layer.cores]
         spectra = bond_spectra(cores)
-        entropies = [entanglement_entropy(values) for values in spectra]
-        limits = [
-            min(bond, full)
-            for bond, full in zip(
-                layer.spec.bonds,
-                exact_bonds(layer.spec.in_modes, layer.spec.out_modes),
-                strict=True,
-            )
-        ]
         result.append(
             SiteSpectrum(
                 name=name,
                 spec=layer.spec,
                 norms=core_norms(cores),
                 weight_norm=float(torch.linalg.vector_norm(spectra[0])),
-                entropies=entropies,
-                normalised=[
-                    entropy / log(limit) if limit > 1 else 0.0
-                    for entropy, limit in zip(entropies, limits, strict=True)
-                ],
+                entropies=[entanglement_entropy(values) for values in spectra],
+                normalised=normalised_entropies(spectra),
             )
         )
     return result

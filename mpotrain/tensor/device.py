@@ -1,7 +1,7 @@
 """Device profiles: the constants that contraction plans are predicted with (torch-free).
 
 A plan decides the order of floating-point operations, hence the bits of a run. Profiles are
-therefore constants that are chosen by name in the run file; nothing is measured at run time.
+therefore constants that are chosen by the name of the device; nothing is measured at run time.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ from mpotrain.tensor.tree import Merge, Range
 def merge_dtype(cores: Sequence[Tensor]) -> torch.dtype:
     """Return the dtype in which cores are merged: fp32 at least.
 
+    On CUDA the products run in TF32 where torch is set to allow it, as 16-bit runs do.
+
     Merging in bf16 would double the error of y and of all gradients; merging in fp32 and rounding
     W once keeps that of a dense bf16 layer.
     """

@@ -85,14 +85,14 @@ class MPOSpec:
         return len(self.in_modes)
 
     @property
-    def full_bonds(self) -> tuple[int, ...]:
+    def all_bonds(self) -> tuple[int, ...]:
         """All n + 1 bond dimensions, the outer ones (1) included."""
         return (1, *self.bonds, 1)
 
     @property
     def core_shapes(self) -> tuple[tuple[int, int, int, int], ...]:
         """Shape (d_{k-1}, i_k, j_k, d_k) of every core."""
-        d = self.full_bonds
+        d = self.all_bonds
         modes = zip(self.in_modes, self.out_modes, strict=True)
         return tuple((d[k], i, j, d[k + 1]) for k, (i, j) in enumerate(modes))
 

@@ -91,7 +91,7 @@ def chain_steps(
         groups: contiguous ranges that cover all cores from left to right.
         direction: "lr" begins with the first group, "rl" with the last.
     """
-    d = spec.full_bonds
+    d = spec.all_bonds
     i = [math.prod(spec.in_modes[a : b + 1]) for a, b in groups]
     j = [math.prod(spec.out_modes[a : b + 1]) for a, b in groups]
     steps = []

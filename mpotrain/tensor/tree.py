@@ -55,13 +55,13 @@ def merged_modes(spec: MPOSpec, first: int, last: int) -> int:
 
 def merged_size(spec: MPOSpec, cores: Range) -> int:
     """Return the number of elements of the product of a range of cores."""
-    d = spec.full_bonds
+    d = spec.all_bonds
     return d[cores[0]] * merged_modes(spec, *cores) * d[cores[1] + 1]
 
 
 def merge_shape(spec: MPOSpec, merge: Merge) -> tuple[int, int, int]:
     """Return rows, columns and inner size (m, n, k) of the matrix product of a merge."""
-    d = spec.full_bonds
+    d = spec.all_bonds
     return (
         d[merge.first] * merged_modes(spec, *merge.left),
         merged_modes(spec, *merge.right) * d[merge.last + 1],
