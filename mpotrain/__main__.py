@@ -1,8 +1,6 @@
 """`python -m mpotrain` is the command line; launchers start it with `-m` or `--module`."""
 
-import sys
-
-from mpotrain.cli import main
+from mpotrain.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from mpotrain import __version__, handlers
 from mpotrain.errors import EXIT_DONE, ConfigError, MpotrainError
@@ -54,6 +55,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output (`| head`) has left: nothing is wrong.
         sys.stderr.close()
         return EXIT_DONE
+
+
+def entry() -> NoReturn:
+    """Run the command line as a process of its own, and end it."""
+    code = main()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # Back ends of torch.distributed leave threads behind that now and then abort a process
+        # while it is torn down; all files are closed, and the launcher must see our exit code.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _is_override(argument: str) -> bool:
@@ -130,7 +143,6 @@ def _add_prepare(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--vocab-size",
         type=int,
-        default=8192,
         help="pieces of a tokenizer trained on the text (default 8192)",
     )
     parser.add_argument("--model-type", choices=["unigram", "bpe"], default="unigram")

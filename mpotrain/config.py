@@ -59,7 +59,8 @@ class RunConfig:
         Args:
             world_size: number of processes where it is known.
         """
-        found = [
+        found = [f"{key}: is empty" for key in ("name", "folder") if not getattr(self, key).strip()]
+        found += [
             *self.model.problems("model"),
             *self.data.problems("data"),
             *self.train.problems("train"),

@@ -42,6 +42,8 @@ def demo(out: Path, steps: int | None = None) -> int:
     """
     if not RUN_FILE.is_file():
         raise ConfigError([f"{RUN_FILE}: not found; the demo needs a clone of the repository"])
+    if steps is not None and steps < 1:
+        raise ConfigError([f"command line: --steps {steps}: must be at least 1"])
     start = time.monotonic()
     data = out / "data"
     overrides = [f'data.sources=[{{path="{data.as_posix()}"}}]']

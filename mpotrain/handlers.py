@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 
 from mpotrain.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
@@ -21,12 +22,18 @@ def prepare(options: argparse.Namespace) -> int:
     sources = list(options.sources)
     if options.synthetic:
         sources.append(f"synthetic:{options.synthetic}")
+    if options.eot and not options.tokenizer:
+        raise ConfigError(["command line: --eot: goes with --tokenizer FILE"])
+    # The generator of stories has so few words that a larger vocabulary cannot be trained.
+    vocab_size = 350 if options.synthetic == "stories" else 8192
+    if options.vocab_size is not None:
+        vocab_size = options.vocab_size
     config = PrepareConfig(
         sources=tuple(sources),
         out=options.out,
         tokenizer=ExistingTokenizerConfig(path=options.tokenizer, eot=options.eot)
         if options.tokenizer
-        else SentencePieceConfig(model_type=options.model_type, vocab_size=options.vocab_size),
+        else SentencePieceConfig(model_type=options.model_type, vocab_size=vocab_size),
         text_column=options.text_column,
         per_line=options.per_line,
         hub_split=options.hub_split,
@@ -39,7 +46,7 @@ def prepare(options: argparse.Namespace) -> int:
     )
     problems = config.problems("prepare")
     if problems:
-        raise ConfigError([f"command line: {line}" for line in problems])
+        raise ConfigError([f"command line: {_as_option(line)}" for line in problems])
     manifest = run_prepare(config, progress=sys.stderr.isatty())
     print(
         f"{options.out}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens, "
@@ -47,6 +54,26 @@ def prepare(options: argparse.Namespace) -> int:
         f"{len(manifest.shards)} shard(s), digest {manifest.digest}"
     )
     return EXIT_DONE
+
+
+OPTION_NAMES = {
+    "tokenizer.vocab_size": "--vocab-size",
+    "tokenizer.path": "--tokenizer",
+    "sources": "SOURCE",
+    "out": "--out",
+    "max_bytes": "--max-bytes",
+    "num_documents": "--documents",
+    "num_tokens": "--tokens",
+    "documents_per_shard": "--documents-per-shard",
+    "num_workers": "--workers",
+    "seed": "--seed",
+}
+"""Fields of `PrepareConfig` as the command line calls them."""
+
+
+def _as_option(problem: str) -> str:
+    key, colon, rest = problem.removeprefix("prepare.").partition(":")
+    return f"{OPTION_NAMES.get(key, key)}{colon}{rest}"
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -123,7 +150,11 @@ def generate(options: argparse.Namespace) -> int:
         top_p=options.top_p,
         seed=options.seed,
     )
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+        return EXIT_DONE  # one process writes
     problems = sampling.problems()
+    if any("\ud800" <= character <= "\udfff" for character in options.prompt):
+        problems.append("prompt: is not valid UTF-8")
     if options.samples < 1:
         problems.append(f"samples: must be at least 1, is {options.samples}")
     if not 0 <= options.seed < 2**63:

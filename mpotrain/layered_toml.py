@@ -46,6 +46,23 @@ class LayeredTable:
         """Lay the table `other`, written in `source`, over this one."""
         self._merge_into(self.data, other, source, "")
 
+    def override(self, line: str) -> None:
+        """Lay one `dotted.key=value` over this table; a whole `{...}` replaces what was there.
+
+        Raises:
+            ConfigError: the line is malformed.
+        """
+        parsed = parse_override(line)
+        keys, value = _key_of(parsed, line)
+        if isinstance(value, dict):
+            inner: Any = self.data
+            for key in keys[:-1]:
+                inner = inner.get(key, {}) if isinstance(inner, dict) else {}
+            if isinstance(inner, dict) and isinstance(inner.get(keys[-1]), dict):
+                del inner[keys[-1]]
+                self._forget(".".join(keys))
+        self.merge(parsed, OVERRIDE_SOURCE)
+
     def _merge_into(self, base: dict[str, Any], over: dict[str, Any], source: str, at: str) -> None:
         for key, value in over.items():
             dotted = f"{at}{key}"
@@ -87,7 +104,7 @@ def read_layers(path: Path, overrides: Sequence[str] = ()) -> LayeredTable:
     problems = []
     for line in overrides:
         try:
-            table.merge(parse_override(line), OVERRIDE_SOURCE)
+            table.override(line)
         except ConfigError as error:
             problems += error.problems
     if problems:
@@ -133,6 +150,17 @@ def parse_override(line: str) -> dict[str, Any]:
         except tomllib.TOMLDecodeError:
             continue
     raise ConfigError([f"{OVERRIDE_SOURCE}: {line!r}: {key!r} is not a dotted key"])
+
+
+def _key_of(parsed: dict[str, Any], line: str) -> tuple[list[str], Any]:
+    """Return the keys of a parsed override, down to the value that stands behind `=`."""
+    probe: Any = tomllib.loads(f"{line.partition('=')[0].strip()} = 0")
+    keys, value = [], parsed
+    while isinstance(probe, dict):
+        (key,) = probe
+        keys.append(key)
+        probe, value = probe[key], value[key]
+    return keys, value
 
 
 def _quote(value: str) -> str:

@@ -115,11 +115,15 @@ def _train(
             start = _Start(run, world, stop, stack, allow_data_change)
             outcome, state = start.go(fresh, profile)
     except Exception as error:
+        lost_peer = world.size > 1 and _is_lost_peer(error)
         # A start that was refused must not mark a run that it has not touched.
         if world.is_main and start is not None and start.has_begun:
             with suppress(StorageError):
-                record_outcome(folder, "failed", f"{type(error).__name__}: {error}")
-        if world.size > 1 and _is_lost_peer(error):
+                if lost_peer:
+                    record_outcome(folder, Outcome.STOPPED, "another rank was lost")
+                else:
+                    record_outcome(folder, "failed", f"{type(error).__name__}: {error}")
+        if lost_peer:
             raise ParallelError(
                 f"the connection to another rank broke, which has failed or was killed; its own "
                 f"log says why ({error})"
@@ -128,7 +132,7 @@ def _train(
     if world.is_main:
         record_outcome(folder, outcome, f"step {state.step}")
     start.progress.note(f"{outcome}: {run.name} at step {state.step:,} of {run.train.steps:,}")
-    return EXIT_DONE if outcome is Outcome.DONE else EXIT_STOPPED
+    return EXIT_STOPPED if outcome is Outcome.STOPPED else EXIT_DONE
 
 
 def _is_lost_peer(error: Exception) -> bool:
@@ -218,6 +222,8 @@ class _Start:
             tokens=int(saved.train_state["tokens"]),
         )
         note = self.progress.note
+        if state.step > self.run.train.steps:
+            note(f"the run is already beyond train.steps={self.run.train.steps}: nothing to do")
         note(
             f"resuming {self.run.name} at step {state.step:,} of {self.run.train.steps:,}, "
             f"sample {state.consumed_samples:,}, {state.tokens:,} tokens"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mpotrain.config import RunConfig
+from mpotrain.data.manifest import MANIFEST_NAME, read_manifest
 from mpotrain.engine.memory import StateMemory, StepTraffic, state_memory, step_traffic
 from mpotrain.errors import MpotrainError
 from mpotrain.models.activations import ActivationMemory, activation_memory
@@ -24,6 +26,7 @@ class SiteReport:
         family: key under `model.sites`.
         copies: number of matrices.
         shape: (in, out) of each.
+        padded: shape of the operator where it is larger than the matrix, else None.
         modes: one (i, j) for each core; empty when dense.
         bonds: inner bond dimensions.
         parameters: of all copies, biases not counted.
@@ -38,6 +41,7 @@ class SiteReport:
     family: str
     copies: int
     shape: tuple[int, int]
+    padded: tuple[int, int] | None
     modes: list[tuple[int, int]]
     bonds: list[int]
     parameters: int
@@ -73,6 +77,7 @@ class PlanReport:
         traffic: bytes a rank sends in a step.
         checkpoint_bytes: size of one checkpoint.
         problems: why the run cannot start; empty when it can.
+        notes: what could not be checked.
     """
 
     name: str
@@ -94,6 +99,7 @@ class PlanReport:
     traffic: StepTraffic
     checkpoint_bytes: int
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def memory_per_rank(self) -> int:
@@ -127,7 +133,8 @@ def weigh(run: RunConfig, world_size: int = 1, device: str | None = None) -> Pla
     if run.engine.dtype == "bf16" and f"{device}-tf32" in PROFILES:
         # In 16-bit runs cores are merged in TF32 on CUDA.
         device = f"{device}-tf32"
-    problems = run.problems(world_size)
+    data_problems, notes = _data_problems(run)
+    problems = run.problems(world_size) + data_problems
     try:
         accumulation = batch_layout(
             train.global_batch_size, train.micro_batch_size, world_size
@@ -175,7 +182,32 @@ def weigh(run: RunConfig, world_size: int = 1, device: str | None = None) -> Pla
         traffic=step_traffic(run.engine, sizes, world_size, accumulation),
         checkpoint_bytes=12 * sum(sizes),
         problems=problems,
+        notes=notes,
     )
+
+
+def _data_problems(run: RunConfig) -> tuple[list[str], list[str]]:
+    """Hold the manifests of prepared data against the model; what is not there is a note."""
+    problems, notes, digests = [], [], set()
+    for index, source in enumerate(run.data.sources):
+        where = f"data.sources[{index}].path"
+        if not (Path(source.path) / MANIFEST_NAME).is_file():
+            notes.append(f"{where}: {source.path} is not prepared here; the data were not checked")
+            continue
+        try:
+            manifest = read_manifest(source.path)
+        except MpotrainError as error:
+            problems.append(f"{where}: {error}")
+            continue
+        digests.add(manifest.tokenizer.digest)
+        if manifest.tokenizer.vocab_size > run.model.vocab_size:
+            problems.append(
+                f"model.vocab_size: {run.model.vocab_size} is smaller than the vocabulary of "
+                f"{source.path}, {manifest.tokenizer.vocab_size}"
+            )
+    if len(digests) > 1:
+        problems.append("data.sources: the folders were prepared with different tokenizers")
+    return problems, notes
 
 
 def _families(run: RunConfig) -> list[list[Site]]:
@@ -220,6 +252,7 @@ def _site_report(
             family=site.family,
             copies=copies,
             shape=(site.in_features, site.out_features),
+            padded=None,
             modes=[],
             bonds=[],
             parameters=copies * dense,
@@ -236,6 +269,7 @@ def _site_report(
         family=site.family,
         copies=copies,
         shape=(site.in_features, site.out_features),
+        padded=(site.spec.padded_in, site.spec.padded_out) if site.spec.is_padded else None,
         modes=list(zip(site.spec.in_modes, site.spec.out_modes, strict=True)),
         bonds=list(site.spec.bonds),
         parameters=copies * site.spec.num_parameters,
@@ -317,6 +351,7 @@ def render(report: PlanReport) -> str:
         f"checkpoint        {human_bytes(report.checkpoint_bytes)}",
         "",
     ]
+    lines += [f"note: {note}" for note in report.notes]
     if report.problems:
         lines += ["problems:", *(f"  {problem}" for problem in report.problems)]
     else:
@@ -338,8 +373,9 @@ def _site_lines(sites: list[SiteReport]) -> list[str]:
         if site.modes:
             modes = " ".join(f"{i}x{j}" for i, j in site.modes)
             bonds = " ".join(map(str, site.bonds))
+            padding = f", padded to {site.padded[0]} x {site.padded[1]}" if site.padded else ""
             lines.append(
-                f"{'':<14} modes {modes}, bonds {bonds}, "
+                f"{'':<14} modes {modes}{padding}, bonds {bonds}, "
                 f"predicted time {site.time_ratio:.2f} x dense"
             )
     return lines

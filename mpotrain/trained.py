@@ -17,6 +17,7 @@ from mpotrain.checkpoint.config import CheckpointConfig
 from mpotrain.checkpoint.manifest import WEIGHT, Manifest
 from mpotrain.checkpoint.store import CheckpointStore
 from mpotrain.config import RunConfig, config_from_table
+from mpotrain.data.claim import SETTINGS_NAME
 from mpotrain.data.manifest import (
     MANIFEST_NAME,
     TokenizerEntry,
@@ -31,7 +32,7 @@ from mpotrain.errors import CheckpointError, ConfigError, DataError
 from mpotrain.evaluate import Evaluation, Evaluator
 from mpotrain.generate import Sampling, generate
 from mpotrain.inspect import describe_checkpoint, describe_data, site_rows
-from mpotrain.layered_toml import OVERRIDE_SOURCE, LayeredTable, parse_override
+from mpotrain.layered_toml import OVERRIDE_SOURCE, LayeredTable
 from mpotrain.nn.spectra import model_spectra
 from mpotrain.parallel.environment import resolve_environment
 from mpotrain.parallel.ranks import World, close_world, init_world, resolve_device
@@ -68,7 +69,10 @@ def find_checkpoint(folder: Path, step: int | None) -> tuple[CheckpointStore, Ma
         CheckpointError: there is none, or it is damaged.
     """
     if folder.name.startswith("step-") and folder.name[5:].isdigit():
-        step, folder = int(folder.name[5:]), folder.parent
+        own = int(folder.name[5:])
+        if step not in (None, own):
+            raise ConfigError([f"{OVERRIDE_SOURCE}: --step {step}: {folder} is that of step {own}"])
+        step, folder = own, folder.parent
     elif (folder / CHECKPOINTS).is_dir():
         folder = folder / CHECKPOINTS
     store = CheckpointStore(folder, CheckpointConfig(), SINGLE)
@@ -87,7 +91,7 @@ def saved_run(manifest: Manifest, overrides: Sequence[str] = ()) -> RunConfig:
     table = LayeredTable()
     table.merge(manifest.run.config, f"checkpoint of step {manifest.step}")
     for line in overrides:
-        table.merge(parse_override(line), OVERRIDE_SOURCE)
+        table.override(line)
     return config_from_table(table)
 
 
@@ -152,8 +156,18 @@ def evaluate_checkpoint(
 
 
 def saved_tokenizer(manifest: Manifest) -> TokenizerEntry:
-    """Return what a checkpoint says of the tokenizer of its data."""
-    return TokenizerEntry(**manifest.run.train_state["tokenizer"])
+    """Return what a checkpoint says of the tokenizer of its data.
+
+    Raises:
+        CheckpointError: it says nothing.
+    """
+    try:
+        return TokenizerEntry(**manifest.run.train_state["tokenizer"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"the checkpoint of step {manifest.step} does not say which tokenizer its data have "
+            f"({error!r}); go on training for a step, which writes a complete one"
+        ) from error
 
 
 def run_tokenizer(trained: TrainedModel) -> Tokenizer:
@@ -229,6 +243,10 @@ def inspect_folder(folder: Path, step: int | None) -> tuple[dict[str, Any], str]
     if (folder / MANIFEST_NAME).is_file() and not folder.name.startswith("step-"):
         manifest = read_manifest(folder)
         return describe_data(folder, manifest)
+    if (folder / SETTINGS_NAME).is_file():
+        raise DataError(
+            f"{folder}: `mpotrain prepare` has not finished here; run the same command again"
+        )
     trained = load_trained(folder, step)
     rows = site_rows(model_spectra(trained.model))
     num_parameters = trained.run.model.num_parameters()

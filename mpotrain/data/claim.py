@@ -70,7 +70,15 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / SETTINGS_NAME
     if path.is_file():
         if _read_settings(path) != settings:
-            _refuse(folder, settings)
+            if _has_work(folder):
+                _refuse(folder, settings)
+            # A first attempt that failed early (no such column, a vocabulary that is too large)
+            # must not stand in the way of the corrected command.
+            with storage_errors(folder):
+                for pattern in ("tokenizer.*", "shard-*"):
+                    for leftover in folder.glob(pattern):
+                        leftover.unlink()
+            _write_settings(path, settings)
         if (folder / MANIFEST_NAME).is_file():
             # Complete but damaged (see `finished`): no reader may take it for whole meanwhile.
             with storage_errors(folder):
@@ -83,6 +91,15 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
             f"{folder} holds other files ({', '.join(sorted(others)[:3])}); name an empty or new "
             "folder as out"
         )
+    _write_settings(path, settings)
+
+
+def _has_work(folder: Path) -> bool:
+    """Whether a folder holds at least one finished shard."""
+    return (folder / MANIFEST_NAME).is_file() or any(folder.glob("shard-*.json"))
+
+
+def _write_settings(path: Path, settings: dict[str, Any]) -> None:
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
     write_durably(path, text.encode())
 
@@ -97,13 +114,25 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
+def _leaves(value: Any, at: str = "") -> dict[str, Any]:
+    """Return nested settings as dotted keys, so that only what differs is shown."""
+    if isinstance(value, dict):
+        items = [(f"{at}.{key}" if at else str(key), item) for key, item in value.items()]
+    elif isinstance(value, list):
+        items = [(f"{at}[{index}]", item) for index, item in enumerate(value)]
+    else:
+        return {at: value}
+    return {key: leaf for name, item in items for key, leaf in _leaves(item, name).items()}
+
+
 def _refuse(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / SETTINGS_NAME
-    before = _read_settings(path) if path.is_file() else {}
+    before = _leaves(_read_settings(path) if path.is_file() else {})
+    now = _leaves(settings)
     lines = [
-        f"{key}: {before.get(key, 'absent')} before, {settings.get(key, 'absent')} now"
-        for key in sorted(before.keys() | settings.keys())
-        if before.get(key) != settings.get(key)
+        f"{key}: {before.get(key, 'absent')} before, {now.get(key, 'absent')} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
     ]
     raise DataError(
         "\n".join(

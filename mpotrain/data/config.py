@@ -7,6 +7,7 @@ which writes the prepared folders that `DataConfig.sources` names. No torch here
 from __future__ import annotations
 
 import math
+from os.path import normpath
 from typing import Literal, TypeAlias
 
 from mpotrain.schema import config
@@ -58,7 +59,7 @@ class DataConfig:
             found.append(f"{where}.sources: is empty; at least one prepared folder is needed")
         for index, source in enumerate(self.sources):
             found += source.problems(f"{where}.sources[{index}]")
-        paths = [source.path for source in self.sources]
+        paths = [normpath(source.path) for source in self.sources]
         found += [
             f"{where}.sources[{index}].path: {path!r} is listed twice; add up the weights instead"
             for index, path in enumerate(paths)

@@ -10,6 +10,9 @@ from mpotrain.errors import SpecError
 from mpotrain.schema import config
 from mpotrain.tensor.spec import MPOSpec, mpo_spec, ttm_spec
 
+MOST_PADDING = 1.5
+"""Products of modes above this part of a size are taken for mistakes."""
+
 PlanChoice = Literal["auto", "materialise", "chain", "groups"]
 
 
@@ -108,7 +111,18 @@ def site_problems(
         One line for each problem; empty when the operator exists.
     """
     try:
-        site.spec(*shape)
+        spec = site.spec(*shape)
     except SpecError as error:
         return [f"{where}: {line}" for line in str(error).splitlines()]
-    return []
+    if spec is None:
+        return []
+    sides = (
+        ("in_modes", spec.in_features, spec.padded_in),
+        ("out_modes", spec.out_features, spec.padded_out),
+    )
+    return [
+        f"{where}.{key}: the modes multiply to {padded}, more than {MOST_PADDING} times the size "
+        f"{size}; nearly all of the operator would be padding"
+        for key, size, padded in sides
+        if padded > MOST_PADDING * size
+    ]

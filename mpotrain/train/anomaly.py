@@ -95,9 +95,9 @@ class AnomalyGuard:
         if self.consecutive >= self._config.max_skips:
             raise AnomalyError(
                 f"{self.consecutive} steps in a row were skipped (train.anomaly.max_skips is "
-                f"{self._config.max_skips}); the last one because {self._last_reason}. Go back to "
-                "an earlier checkpoint, lower the learning rate or the clipping norm, or look at "
-                "the data of these steps."
+                f"{self._config.max_skips}); the last one because {self._last_reason}. Move the "
+                "newest checkpoints away to go on from an earlier one, lower the learning rate or "
+                "the clipping norm, or look at the data of these steps."
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -98,7 +98,8 @@ class TrainingLoop:
                     return Outcome.STOPPED, state
                 state = self._step(state)
             self._save(state)
-        return Outcome.DONE, state
+        done = state.step >= self._config.steps
+        return Outcome.DONE if done else Outcome.HELD, state
 
     def _step(self, state: RunState) -> RunState:
         config, parts = self._config, self._parts

@@ -13,6 +13,8 @@ class Outcome(StrEnum):
 
     DONE = "done"
     """All steps are made and saved."""
+    HELD = "held"
+    """Ended and saved at `train.stop_after`, as configured; there are steps left."""
     STOPPED = "resume"
     """Stopped on request after a checkpoint; the same command goes on."""
 

@@ -132,3 +132,27 @@ def test_disk_full_while_preparing_leaves_nothing_that_counts(tmp_path: Path) ->
         check=False, timeout=240,
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
+
+
+def test_a_corrected_command_takes_over_a_folder_that_failed_early(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("id,body\n" + "\n".join(f"{n},text number {n}" for n in range(2000)))
+    out = tmp_path / "data"
+    arguments = ["prepare", str(table), "--out", str(out), "--vocab-size", "320", "--workers", "0"]
+    assert main(arguments) == EXIT_BAD_INPUT
+    assert "body" in capsys.readouterr().err
+    assert main([*arguments, "--text-column", "body"]) == 0
+    assert main([*arguments, "--text-column", "id"]) == EXIT_BAD_INPUT
+    message = capsys.readouterr().err
+    assert "text_column: body before, id now" in message
+    assert "{" not in message
+
+
+def test_options_are_called_by_their_names(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["prepare", "x.txt", "--out", "y", "--vocab-size", "0", "--workers", "-2"]
+    assert main(arguments) == EXIT_BAD_INPUT
+    message = capsys.readouterr().err
+    assert "command line: --vocab-size: is 0" in message
+    assert "command line: --workers: is -2" in message

@@ -13,7 +13,10 @@ GOLDEN = Path(__file__).parent / "plans"
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
-def test_plan_text(path: Path, update_golden: bool) -> None:
+def test_plan_text(
+    path: Path, update_golden: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no data are prepared
     run = load_config(path)
     world = 1 if run.engine.kind == "local" else 8 if path.stem.startswith("gpt2-small") else 4
     text = render(weigh(run, world)) + "\n"

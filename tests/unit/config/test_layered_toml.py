@@ -55,6 +55,18 @@ def test_malformed_overrides_are_named(line: str) -> None:
         parse_override(line)
 
 
+def test_a_whole_table_on_the_command_line_replaces(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('[m.s]\nkind = "mpo"\ncap = 16\nbias = false\n')
+    path = tmp_path / "a.toml"
+    assert read_layers(path, ['m.s={kind="mpo", bonds=[9]}']).data == {
+        "m": {"s": {"kind": "mpo", "bonds": [9]}}
+    }
+    merged = read_layers(path, ["m.s.cap=8", "m.new={x=1}", "n={y=2}"])
+    assert merged.data["m"]["s"] == {"kind": "mpo", "cap": 8, "bias": False}
+    assert merged.data["m"]["new"] == {"x": 1}
+    assert merged.data["n"] == {"y": 2}
+
+
 def test_missing_cyclic_and_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml: cannot be read"):
         read_layers(tmp_path / "none.toml")

@@ -83,7 +83,7 @@ def test_spectra_of_a_model_are_those_of_its_matrices() -> None:
     site = model_spectra(model)[0]
     weight = rebuild(list(model["a"].double().cores), site.spec)
     # Padding is part of the operator, so the matrix that is used can only be smaller.
-    assert site.weight_norm >= float(torch.linalg.matrix_norm(weight)) - 1e-9
+    assert site.weight_norm >= float(torch.linalg.matrix_norm(weight.detach())) - 1e-9
     assert len(site.norms) == 3
     assert len(site.entropies) == len(site.normalised) == 2
     assert all(0 < value <= 1 for value in site.normalised)
@@ -96,6 +96,13 @@ def test_problems_of_a_site_begin_with_its_key() -> None:
     assert found[0].startswith("model.sites.qkv: ")
     assert "24" in found[0]
     assert "25" in found[0]
+
+
+def test_padding_that_can_only_be_a_mistake_is_refused() -> None:
+    site = MPOSite(in_modes=(8, 80), out_modes=(16, 16), cap=4)
+    (line,) = site_problems(site, (64, 256), "model.sites.c_fc")
+    assert line.startswith("model.sites.c_fc.in_modes: the modes multiply to 640")
+    assert site_problems(MPOSite(in_modes=(8, 9), out_modes=(16, 16)), (64, 256), "x") == []
 
 
 def test_plans_on_a_cpu_use_the_cpu_profile() -> None:

@@ -133,3 +133,22 @@ def test_human_bytes() -> None:
     assert human_bytes(1023) == "1023 B"
     assert human_bytes(1536) == "1.5 KiB"
     assert human_bytes(5 * 2**40) == "5 TiB"
+
+
+def test_prepared_data_are_held_against_the_model(tmp_path: Path) -> None:
+    from mpotrain.data.config import PrepareConfig
+    from mpotrain.data.prepare import prepare
+
+    data = tmp_path / "data"
+    prepare(PrepareConfig(sources=("synthetic:markov",), out=str(data), num_tokens=5000,
+                          num_workers=0))  # fmt: skip
+    path = RUNS / "demo.toml"
+    source = f'data.sources=[{{path="{data}"}}]'
+    assert weigh(load_config(path, [source])).problems == []
+    assert weigh(load_config(path, [source])).notes == []
+    found = weigh(load_config(path, [source, "model.vocab_size=8"])).problems
+    assert len(found) == 1
+    assert found[0].startswith("model.vocab_size: 8 is smaller than the vocabulary")
+    missing = weigh(load_config(path, [f'data.sources=[{{path="{tmp_path}/none"}}]']))
+    assert missing.problems == []
+    assert "is not prepared here" in render(missing)
