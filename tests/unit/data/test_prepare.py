@@ -104,7 +104,10 @@ def test_second_call_changes_nothing(corpus, tmp_path):
     [
         ({"documents_per_shard": 11}, "documents_per_shard: 10 before, 11 now"),
         ({"max_bytes": 10**6}, "max_bytes: None before, 1000000 now"),
-        ({"tokenizer": SentencePieceConfig(vocab_size=341)}, r"tokenizer\.vocab_size: 340 before, 341 now"),
+        (
+            {"tokenizer": SentencePieceConfig(vocab_size=341)},
+            r"tokenizer\.vocab_size: 340 before, 341 now",
+        ),
         ({"text_column": "body"}, r"sources\[0\]\.text_column: text before, body now"),
     ],
 )
