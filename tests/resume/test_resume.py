@@ -124,4 +124,6 @@ def test_bad_starts_are_refused_and_change_nothing(new_run: Callable[[], Path]) 
         assert message in done.stderr, done.stderr
         assert "Traceback" not in done.stderr
     assert contents(folder) == files
-    train(run, "data.seed=9", "--allow-data-change", "train.steps=3")
+    more = ["train.steps=3", "train.schedule.warmup_steps=0"]
+    done = train(run, "data.seed=9", "--allow-data-change", *more)
+    assert "data.seed: was 3, is 9" in done.stderr
