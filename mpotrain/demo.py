@@ -8,6 +8,9 @@ equal tokens on the local engine.
 from __future__ import annotations
 
 import lzma
+import os
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,9 +71,10 @@ def demo(out: Path, steps: int | None = None) -> int:
     _say("4/4  Results")
     _write_results(out, variants)
     _say(f"\nDone in {time.monotonic() - start:.0f} s. Next, try:")
-    _say(f"  mpotrain generate {variants[0].folder} --prompt 'The array' --tokens 80")
-    _say(f"  mpotrain inspect {variants[0].folder}")
-    _say("  mpotrain plan configs/runs/gpt2-small-ttm64.toml --world 8")
+    program, run = _program(), variants[0].folder
+    _say(f"  {program} generate {run} --prompt 'The array' --tokens 80")
+    _say(f"  {program} inspect {run}")
+    _say(f"  {program} plan configs/runs/gpt2-small-ttm64.toml --world 8")
     return EXIT_DONE
 
 
@@ -94,6 +98,14 @@ def _write_results(out: Path, variants: Sequence[Variant]) -> None:
     _say(f"{table}\n\n{yardstick}\n")
     _say("The TTM model writes:\n" + "\n".join(f"  {line}" for line in written))
     _say(f"\nLoss curves: {plot}\nTable:       {summary}\nTexts:       {samples}")
+
+
+def _program() -> str:
+    """Return how the command line is called from here: it may lie in an environment of its own."""
+    program = Path(sys.executable).with_name("mpotrain")
+    if shutil.which("mpotrain") is not None or not program.is_file():
+        return "mpotrain"
+    return os.path.relpath(program)
 
 
 def _say(text: str) -> None:
