@@ -65,6 +65,7 @@ def tokenize(
         for parcel in parcels:
             yield parcel, encode_documents(tokenizer, parcel.documents)
         return
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
         max_workers=num_workers,
         mp_context=multiprocessing.get_context("spawn"),
@@ -79,7 +80,11 @@ def tokenize(
                 yield _next(pending)
         while pending:
             yield _next(pending)
-    except BrokenProcessPool as error:
+    except (BrokenProcessPool, BrokenPipeError, ConnectionResetError, EOFError) as error:
+        # A process that dies while another one is being started leaves that other one running,
+        # and the shutdown below would wait for it for ever (seen with Python 3.11).
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
         raise DataError(
             "a tokenizing process died (out of memory, or killed); finished shards are kept: run "
             "the same command again with fewer num_workers"

@@ -252,7 +252,7 @@ def test_a_killed_tokenizing_process_is_reported(place, tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_bytes((place / "a.jsonl").read_bytes())
     process = child(tmp_path, out, workers=2)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 2
+    assert process.returncode == 2, output
     assert "DataError a tokenizing process died" in output
     assert_incomplete_then_mended(place, out, monkeypatch)
 
