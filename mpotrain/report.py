@@ -13,9 +13,10 @@ from mpotrain.engine.memory import StateMemory, StepTraffic, state_memory, step_
 from mpotrain.errors import MpotrainError
 from mpotrain.models.activations import ActivationMemory, activation_memory
 from mpotrain.models.config import Site
+from mpotrain.nn.config import site_plan
 from mpotrain.parallel.plan import batch_layout
 from mpotrain.tensor.device import DType
-from mpotrain.tensor.plan import PROFILES, ContractionPlan, plan_contraction
+from mpotrain.tensor.plan import PROFILES, ContractionPlan
 
 
 @dataclass(frozen=True)
@@ -287,14 +288,8 @@ def _site_plan(site: Site, dtype: DType, tokens: int, device: str) -> Contractio
     if site.spec is None or site.choice.kind == "dense":
         return None
     # Of a tied embedding the output layer is the one that costs: the transposed operator.
-    return plan_contraction(
-        site.spec.transposed() if site.family == "embedding" else site.spec,
-        tokens,
-        dtype,
-        PROFILES[device],
-        force=None if site.choice.plan == "auto" else site.choice.plan,
-        keep_weight=site.choice.keep_weight,
-    )
+    spec = site.spec.transposed() if site.family == "embedding" else site.spec
+    return site_plan(site.choice, spec, tokens, dtype, PROFILES[device])
 
 
 def render_operations(run: RunConfig, device: str) -> str:

@@ -16,12 +16,10 @@ from pathlib import Path
 
 from mpotrain.config import RunConfig, load_config
 from mpotrain.errors import EXIT_CRASH, EXIT_STOPPED, MpotrainError
+from mpotrain.models.config import SITE_NAMES
 from mpotrain.train.journal import read_metrics
 
-DENSE_TWIN = tuple(
-    f'model.sites.{family}={{kind="dense"}}'
-    for family in ("embedding", "qkv", "attention_out", "c_fc", "c_proj")
-)
+DENSE_TWIN = tuple(f'model.sites.{family}={{kind="dense"}}' for family in SITE_NAMES)
 """Overrides that make every site of a run dense."""
 
 

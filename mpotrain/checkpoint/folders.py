@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from mpotrain.durable import fsync_folder
+
 POINTER_NAME = "latest"
 """File that names the newest published checkpoint, for people and scripts."""
 
@@ -71,7 +73,7 @@ def recover(folder: Path) -> list[str]:
                 discard(path)
             else:
                 path.rename(final)
-                sync_folder(folder)
+                fsync_folder(folder)
         elif _LEFTOVER.fullmatch(path.name):
             remove_tree(path)
         else:
@@ -93,7 +95,7 @@ def discard(path: Path, on_hidden: Callable[[], None] | None = None) -> bool:
     hidden = path.with_name(f"{path.name.partition('.')[0]}.tmp-{new_tag()}")
     try:
         path.rename(hidden)
-        sync_folder(path.parent)
+        fsync_folder(path.parent)
     except OSError as error:
         logger.warning("%s could not be deleted (%s)", path, error)
         return False
@@ -128,15 +130,6 @@ def storage_problem(error: OSError, folder: Path) -> str:
         return text
 
 
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 @contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file that does not exist yet and make its content durable at the end.
@@ -168,7 +161,7 @@ def write_pointer(folder: Path, step: int) -> None:
     draft = folder / f"{POINTER_NAME}.tmp-{new_tag()}"
     write_synced(draft, f"{step_name(step)}\n".encode())
     draft.replace(folder / POINTER_NAME)
-    sync_folder(folder)
+    fsync_folder(folder)
 
 
 def _entries(folder: Path) -> list[Path]:

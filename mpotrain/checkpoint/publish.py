@@ -10,12 +10,12 @@ from mpotrain.checkpoint.folders import (
     discard,
     new_tag,
     step_name,
-    sync_folder,
     write_pointer,
     write_synced,
 )
 from mpotrain.checkpoint.manifest import Manifest
 from mpotrain.checkpoint.manifest_file import MANIFEST_NAME, encode_manifest
+from mpotrain.durable import fsync_folder
 from mpotrain.errors import StorageError
 
 
@@ -41,16 +41,16 @@ def publish(draft: Path, manifest: Manifest, on_point: Callable[[str], None]) ->
     for name, entry in manifest.files.items():
         _require_file(draft / name, entry.bytes)
     write_synced(draft / MANIFEST_NAME, encode_manifest(manifest))
-    sync_folder(draft)
+    fsync_folder(draft)
     on_point("manifest")
     folder, final = draft.parent, draft.parent / step_name(manifest.step)
     aside = None
     if final.exists():
         aside = final.rename(final.with_name(f"{final.name}.old-{new_tag()}"))
-        sync_folder(folder)
+        fsync_folder(folder)
         on_point("set_aside")
     draft.rename(final)
-    sync_folder(folder)
+    fsync_folder(folder)
     on_point("published")
     write_pointer(folder, manifest.step)
     on_point("pointer")

@@ -10,9 +10,10 @@ from typing import Protocol
 from torch import Tensor
 
 from mpotrain.checkpoint.dcp import save_tensors
-from mpotrain.checkpoint.folders import storage_problem, sync_folder
+from mpotrain.checkpoint.folders import storage_problem
 from mpotrain.checkpoint.manifest import WEIGHT, FileEntry, Placement, TensorEntry
 from mpotrain.checkpoint.storage import PartWriter, full_name
+from mpotrain.durable import fsync_folder
 from mpotrain.errors import CheckpointError
 
 
@@ -96,7 +97,7 @@ class ShareWriter:
         if self._pending:
             self._guarded(self._flush)
         if self.error is None:
-            self._guarded(lambda: sync_folder(self._folder))
+            self._guarded(lambda: fsync_folder(self._folder))
 
     def _take(self, name: str, role: str, tensors: Mapping[str, Tensor]) -> None:
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

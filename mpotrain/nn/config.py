@@ -8,6 +8,8 @@ from pydantic import Field
 
 from mpotrain.errors import SpecError
 from mpotrain.schema import config
+from mpotrain.tensor.device import DeviceProfile, DType
+from mpotrain.tensor.plan import ContractionPlan, plan_contraction
 from mpotrain.tensor.spec import MPOSpec, mpo_spec, ttm_spec
 
 MOST_PADDING = 1.5
@@ -95,6 +97,28 @@ class TTMSite:
 
 
 SiteConfig = Annotated[DenseSite | MPOSite | TTMSite, Field(discriminator="kind")]
+
+
+def site_plan(
+    site: MPOSite | TTMSite, spec: MPOSpec, tokens: int, dtype: DType, profile: DeviceProfile
+) -> ContractionPlan:
+    """Return the contraction plan of a site: what its layer executes and what `plan` prints.
+
+    Args:
+        site: the representation, which may force a kind of plan.
+        spec: its operator (transposed for the output layer of a tied embedding).
+        tokens: rows of x; 0 is planned as 1.
+        dtype: dtype of x.
+        profile: constants of the device.
+    """
+    return plan_contraction(
+        spec,
+        max(tokens, 1),
+        dtype,
+        profile,
+        force=None if site.plan == "auto" else site.plan,
+        keep_weight=site.keep_weight,
+    )
 
 
 def site_problems(

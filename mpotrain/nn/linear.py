@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mpotrain.nn.config import MPOSite, TTMSite
+from mpotrain.nn.config import MPOSite, TTMSite, site_plan
 from mpotrain.nn.roles import Role, set_role
 from mpotrain.tensor import contract
 from mpotrain.tensor.device import DType
 from mpotrain.tensor.init import Scheme, init_cores
-from mpotrain.tensor.plan import PROFILES, ContractionPlan, plan_contraction
+from mpotrain.tensor.plan import PROFILES, ContractionPlan
 from mpotrain.tensor.spec import MPOSpec
 
 
@@ -85,14 +85,8 @@ class TensorizedLinear(nn.Module):
 
     def plan(self, num_tokens: int, dtype: torch.dtype, device: torch.device) -> ContractionPlan:
         """Return the plan for `num_tokens` rows of x on `device`."""
-        return plan_contraction(
-            self.spec,
-            max(num_tokens, 1),
-            dtype_name(dtype),
-            PROFILES[profile_name(device, dtype)],
-            force=None if self.site.plan == "auto" else self.site.plan,
-            keep_weight=self.site.keep_weight,
-        )
+        profile = PROFILES[profile_name(device, dtype)]
+        return site_plan(self.site, self.spec, num_tokens, dtype_name(dtype), profile)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., I) to (..., J)."""
@@ -166,14 +160,8 @@ class TensorizedEmbedding(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Map x (..., H) to scores of all tokens (..., V): x times the transposed table."""
         num_tokens = x.numel() // self.spec.out_features
-        plan = plan_contraction(
-            self.transposed_spec,
-            max(num_tokens, 1),
-            dtype_name(x.dtype),
-            PROFILES[profile_name(x.device, x.dtype)],
-            force=None if self.site.plan == "auto" else self.site.plan,
-            keep_weight=self.site.keep_weight,
-        )
+        profile = PROFILES[profile_name(x.device, x.dtype)]
+        plan = site_plan(self.site, self.transposed_spec, num_tokens, dtype_name(x.dtype), profile)
         # The transposed operator has the same cores with their two middle axes swapped.
         cores = [core.transpose(1, 2) for core in self.cores]
         return contract.linear(x, cores, self.transposed_spec, plan)
