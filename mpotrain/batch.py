@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -50,8 +51,20 @@ class LossOutput:
         loss_sum: sum of the losses of all targets that count, scalar (float32).
         num_tokens: number of those targets, scalar (int64).
         logits: (B, T, V) where they were asked for, else None.
+        auxiliary_sum: further terms of the training objective (load balancing), already times
+            `num_tokens`, scalar (float32); None where there are none. They are part of what is
+            differentiated and no part of the reported loss.
+        statistics: sums over this micro-batch by name (loads of experts), detached; an engine adds
+            them up over micro-batches and ranks.
     """
 
     loss_sum: Tensor
     num_tokens: Tensor
     logits: Tensor | None = None
+    auxiliary_sum: Tensor | None = None
+    statistics: Mapping[str, Tensor] | None = None
+
+    @property
+    def objective(self) -> Tensor:
+        """What is differentiated: the loss and the auxiliary terms, as a sum."""
+        return self.loss_sum if self.auxiliary_sum is None else self.loss_sum + self.auxiliary_sum

@@ -5,6 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mpotrain.nn.moe.mixture import MixtureOfExperts
+
+AUXILIARY_LOSS = "auxiliary_loss"
+"""Name under which a block returns the auxiliary loss of its mixture."""
+
 
 class LayerNorm(nn.LayerNorm):
     """Layer normalisation computed in fp32 whatever the dtype of x and of the parameters."""
@@ -31,7 +36,11 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """`x + attention(norm(x))`, then `x + ffn(norm(x))`."""
+    """`x + attention(norm(x))`, then `x + ffn(norm(x))`.
+
+    Attributes:
+        ffn: a plain feed-forward layer, or a mixture of experts.
+    """
 
     def __init__(
         self, attention: nn.Module, ffn: nn.Module, *, hidden_size: int, dropout: float
@@ -43,10 +52,20 @@ class Block(nn.Module):
         self.ffn = ffn
         self.dropout = dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x (B, T, H) to (B, T, H)."""
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Map x (B, T, H) to (B, T, H).
+
+        Returns:
+            The result and, where the block has a mixture, its statistics by name together with its
+            auxiliary loss; both as plain containers, into which activation checkpointing and the
+            hooks of sharded weights can look.
+        """
         x = x + self._drop(self.attention(self.norm_1(x)))
-        return x + self._drop(self.ffn(self.norm_2(x)))
+        normalised = self.norm_2(x)
+        if not isinstance(self.ffn, MixtureOfExperts):
+            return x + self._drop(self.ffn(normalised)), {}
+        y, loss, statistics = self.ffn(normalised)
+        return x + self._drop(y), {**statistics, AUXILIARY_LOSS: loss}
 
     def _drop(self, x: Tensor) -> Tensor:
         return functional.dropout(x, self.dropout, self.training)

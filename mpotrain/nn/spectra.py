@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mpotrain.nn.linear import TensorizedEmbedding, TensorizedLinear
+from mpotrain.nn.moe.experts import MPOExperts
 from mpotrain.tensor.spec import MPOSpec
 from mpotrain.tensor.spectra import (
     bond_spectra,
@@ -17,18 +18,29 @@ from mpotrain.tensor.spectra import (
     normalised_entropies,
 )
 
+MOST_EXPERTS = 4
+"""Experts of a mixture whose singular values are computed: nearly a second each for the published
+sizes on one CPU core. The experts are evenly spaced, the first one is among them."""
+
 
 @dataclass(frozen=True)
 class SiteSpectrum:
     """What the cores of one layer say about its matrix.
 
+    Of a mixture of experts: norms of auxiliary cores are root mean squares over all experts;
+    `weight_norm` and the entropies are means over up to `MOST_EXPERTS` of them.
+
     Attributes:
         name: logical name of the layer.
-        spec: its operator.
+        spec: its operator (of one expert).
         norms: Frobenius norm of each core.
         weight_norm: Frobenius norm of the (padded) rebuilt matrix.
         entropies: entanglement entropy of each bond, nats.
         normalised: entropies over the logarithm of the largest possible rank of that bond.
+        num_experts: experts that share the central core; 0 outside of mixtures.
+        expert_spread: how far the auxiliary cores of the experts lie apart: root mean square
+            distance from their mean over their root mean square norm; 0 for copies of one expert,
+            nearly 1 for independent ones.
     """
 
     name: str
@@ -37,6 +49,8 @@ class SiteSpectrum:
     weight_norm: float
     entropies: list[float]
     normalised: list[float]
+    num_experts: int = 0
+    expert_spread: float = 0.0
 
 
 def tensorized_layers(
@@ -50,23 +64,70 @@ def tensorized_layers(
 
 @torch.no_grad()
 def model_spectra(model: nn.Module) -> list[SiteSpectrum]:
-    """Return the spectrum of every tensorized layer.
+    """Return the spectrum of every tensorized layer, experts of mixtures included.
 
     The singular values of each unfolding come from orthogonal sweeps over the cores in float64 on
     the CPU; no matrix is rebuilt, and the result does not depend on the device.
     """
-    result = []
-    for name, layer in tensorized_layers(model):
-        cores = [core.detach().to("cpu", torch.float64) for core in layer.cores]
-        spectra = bond_spectra(cores)
-        result.append(
-            SiteSpectrum(
-                name=name,
-                spec=layer.spec,
-                norms=core_norms(cores),
-                weight_norm=float(torch.linalg.vector_norm(spectra[0])),
-                entropies=[entanglement_entropy(values) for values in spectra],
-                normalised=normalised_entropies(spectra),
-            )
-        )
+    result = [_layer_spectrum(name, layer) for name, layer in tensorized_layers(model)]
+    for name, module in model.named_modules():
+        if isinstance(module, MPOExperts):
+            result.append(_expert_spectrum(name, module))
     return result
+
+
+def _layer_spectrum(name: str, layer: TensorizedLinear | TensorizedEmbedding) -> SiteSpectrum:
+    cores = [_exact(core) for core in layer.cores]
+    weight_norm, entropies, normalised = _bonds(cores)
+    return SiteSpectrum(name, layer.spec, core_norms(cores), weight_norm, entropies, normalised)
+
+
+def _expert_spectrum(name: str, layer: MPOExperts) -> SiteSpectrum:
+    central = _exact(layer.central)
+    auxiliaries = [_exact(core) for core in layer.auxiliaries]
+    num_experts, position = auxiliaries[0].shape[0], layer.spec.central_index
+    scale = num_experts**-0.5
+    norms = [scale * norm for norm in core_norms(auxiliaries)]
+    norms.insert(position, core_norms([central])[0])
+    sampled = min(num_experts, MOST_EXPERTS)
+    found = []
+    for number in range(sampled):
+        expert = number * num_experts // sampled
+        own = [core[expert] for core in auxiliaries]
+        found.append(_bonds([*own[:position], central, *own[position:]]))
+    return SiteSpectrum(
+        name=name,
+        spec=layer.spec,
+        norms=norms,
+        weight_norm=_mean([norm for norm, _, _ in found]),
+        entropies=[_mean(bond) for bond in zip(*(e for _, e, _ in found), strict=True)],
+        normalised=[_mean(bond) for bond in zip(*(n for _, _, n in found), strict=True)],
+        num_experts=num_experts,
+        expert_spread=_spread(auxiliaries),
+    )
+
+
+def _bonds(cores: list[Tensor]) -> tuple[float, list[float], list[float]]:
+    """Return the norm of the matrix, and entropies and normalised entropies of its bonds."""
+    spectra = bond_spectra(cores)
+    weight_norm = float(torch.linalg.vector_norm(spectra[0]))
+    return (
+        weight_norm,
+        [entanglement_entropy(values) for values in spectra],
+        normalised_entropies(spectra),
+    )
+
+
+def _spread(auxiliaries: list[Tensor]) -> float:
+    """Return the distance of experts from their mean over their norm, over all cores (E, ...)."""
+    apart = sum(float((core - core.mean(0)).square().sum()) for core in auxiliaries)
+    whole = sum(float(core.square().sum()) for core in auxiliaries)
+    return (apart / whole) ** 0.5 if whole > 0 else 0.0
+
+
+def _exact(core: Tensor) -> Tensor:
+    return core.detach().to("cpu", torch.float64)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,252 @@
+"""How a mixture of experts is built: router, expert matrices, which blocks have one (no torch)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mpotrain.errors import SpecError
+from mpotrain.schema import config
+from mpotrain.tensor.experts import asymmetric_spec
+from mpotrain.tensor.spec import MPOSpec, mpo_spec
+
+ExpertPlanChoice = Literal["auto", "grouped", "factored"]
+ExpertInit = Literal["orthogonal", "balanced"]
+ExpertStart = Literal["copies", "independent"]
+
+
+@config
+class RouterConfig:
+    """Which experts a token goes to, and what keeps their loads even."""
+
+    top_k: int = 1
+    """Experts of each token: 1 as in Switch (Fedus et al. 2022), 2 as in GShard."""
+    gate: Literal["probability", "straight_through"] = "probability"
+    """Factor of an expert's output with top_k 1: its probability p (Switch), or p divided by its
+    own value: 1 in the forward pass with the gradient of log p (the released MPOE code)."""
+    gate_at: Literal["output", "input"] = "output"
+    """Whether the factor multiplies the expert's output or its input (top_k 1 only)."""
+    normalise: bool = True
+    """Divide the probabilities of the chosen experts by their sum (top_k of 2 and more)."""
+    bias: bool = False
+    """Whether the router's linear layer has a bias vector."""
+    jitter: float = 0.0
+    """Multiply the router's input by uniform noise in [1 - jitter, 1 + jitter] in training."""
+    balance_loss: float = 0.01
+    """Weight of the load-balancing loss E sum_e f_e P_e of a micro-batch (Fedus et al. 2022,
+    eq. 4); 0 = none."""
+    z_loss: float = 0.0
+    """Weight of the mean squared log-sum-exp of the router's scores (Zoph et al. 2022, eq. 5)."""
+    balance_rate: float = 0.0
+    """Step of the selection biases that even out loads without a loss (Wang et al. 2024);
+    0 = off."""
+    capacity_factor: float | None = None
+    """Most tokens of an expert over the even share, in training; later tokens of the micro-batch
+    are dropped. Absent = no token is dropped."""
+    eval_capacity_factor: float | None = None
+    """The same in evaluation and generation."""
+
+    def problems(self, where: str, num_experts: int) -> list[str]:
+        """Return everything wrong with the router, one line each.
+
+        Args:
+            where: dotted key of this section.
+            num_experts: experts to choose from.
+        """
+        found = []
+        if not 1 <= self.top_k <= num_experts:
+            found.append(f"{where}.top_k: {self.top_k} of {num_experts} experts; use 1 to that")
+        if self.gate_at == "input" and self.top_k > 1:
+            found.append(
+                f"{where}.gate_at: an input gate is defined for top_k 1 only, top_k is {self.top_k}"
+            )
+        if self.gate == "straight_through" and self.top_k > 1:
+            found.append(
+                f"{where}.gate: straight_through is defined for top_k 1 only; with top_k "
+                f"{self.top_k} normalised probabilities already sum to 1"
+            )
+        if not 0 <= self.jitter < 1:
+            found.append(f"{where}.jitter: must be in [0, 1), is {self.jitter}")
+        for name in ("balance_loss", "z_loss", "balance_rate"):
+            if getattr(self, name) < 0:
+                found.append(f"{where}.{name}: must not be negative, is {getattr(self, name)}")
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                found.append(f"{where}.{name}: must be positive (or absent), is {value}")
+        return found
+
+
+@config
+class DenseExpertSite:
+    """Every expert has an ordinary matrix of its own, as in Switch."""
+
+    kind: Literal["dense"] = "dense"
+    bias: bool = True
+    """Whether every expert has a bias vector."""
+
+    def spec(self, in_features: int, out_features: int) -> MPOSpec | None:
+        """Return None: a dense matrix has no cores."""
+        return None
+
+
+@config
+class MPOExpertSite:
+    """Experts share the central tensor and own the others (MPOE, Gao et al. 2022)."""
+
+    kind: Literal["mpo"] = "mpo"
+    in_modes: tuple[int, ...]
+    """Factors of the input size, one for each core."""
+    out_modes: tuple[int, ...]
+    """Factors of the output size, one for each core."""
+    bonds: tuple[int, ...] | None = None
+    """Inner bond dimensions; without `bonds` and `cap` they are exact."""
+    cap: int | None = None
+    """One bound for all bonds, instead of `bonds`."""
+    bias: bool = True
+    """Whether every expert has a bias vector."""
+    init: ExpertInit = "orthogonal"
+    """`orthogonal`: auxiliaries orthogonal, the central tensor carries the scale. `balanced`: the
+    elements of all cores have one spread."""
+    experts: ExpertStart = "copies"
+    """Auxiliaries at start: one draw copied to all experts, as in MPOE (routing parts them), or a
+    draw for each, which the shared central tensor then has to serve all at once."""
+    plan: ExpertPlanChoice = "auto"
+    """Execution: the cheapest by the cost model, or one kind by name."""
+
+    def spec(self, in_features: int, out_features: int) -> MPOSpec:
+        """Return the operator of one expert's `in_features` x `out_features` matrix.
+
+        Raises:
+            SpecError: the modes or bonds do not fit these sizes.
+        """
+        return mpo_spec(
+            in_features,
+            out_features,
+            self.in_modes,
+            self.out_modes,
+            bonds=self.bonds,
+            cap=self.cap,
+            layout="ttm",
+        )
+
+
+@config
+class AsymmetricExpertSite:
+    """Experts act on one input mode and one output mode; a plain matrix between them is shared.
+
+    W_e = L_e C R_e with L_e (in_mode, in_bond) on the first input mode, R_e (out_bond, out_mode) on
+    the last output mode, and the central tensor C (in_bond, I / in_mode, J / out_mode, out_bond).
+    With in_bond <= in_mode and out_bond <= out_mode one matrix product with C serves the tokens of
+    all experts and costs no more than a dense layer.
+    """
+
+    kind: Literal["asymmetric"] = "asymmetric"
+    in_mode: int
+    """Input mode of the left auxiliary tensors; divides the input size."""
+    out_mode: int
+    """Output mode of the right auxiliary tensors; divides the output size."""
+    in_bond: int | None = None
+    """Bond between left auxiliaries and central tensor; absent = in_mode (full)."""
+    out_bond: int | None = None
+    """Bond between central tensor and right auxiliaries; absent = out_mode (full)."""
+    bias: bool = True
+    """Whether every expert has a bias vector."""
+    init: ExpertInit = "orthogonal"
+    """See the mpo kind."""
+    experts: ExpertStart = "copies"
+    """See the mpo kind."""
+    plan: ExpertPlanChoice = "auto"
+    """Execution: the cheapest by the cost model, or one kind by name."""
+
+    def spec(self, in_features: int, out_features: int) -> MPOSpec:
+        """Return the three-core operator of one expert.
+
+        Raises:
+            SpecError: modes or bonds do not fit these sizes.
+        """
+        return asymmetric_spec(
+            in_features, out_features, self.in_mode, self.out_mode, self.in_bond, self.out_bond
+        )
+
+
+ExpertSite = MPOExpertSite | AsymmetricExpertSite
+"""Sites whose experts share a central tensor."""
+ExpertSiteConfig = Annotated[
+    DenseExpertSite | MPOExpertSite | AsymmetricExpertSite, Field(discriminator="kind")
+]
+
+
+@config
+class MoEConfig:
+    """A mixture of experts in place of the feed-forward layer of every n-th block."""
+
+    num_experts: int
+    """Experts of each mixture."""
+    every: int = 1
+    """1: every block has a mixture; n: blocks n, 2n, 3n, ... counted from 1."""
+    router: RouterConfig = RouterConfig()
+    """Choice of experts."""
+    c_fc: ExpertSiteConfig = DenseExpertSite()
+    """First matrix of every expert (hidden x ffn)."""
+    c_proj: ExpertSiteConfig = DenseExpertSite()
+    """Second matrix of every expert (ffn x hidden)."""
+
+    def layers(self, num_layers: int) -> list[int]:
+        """Return the numbers (from 0) of the blocks that have a mixture."""
+        return [n for n in range(num_layers) if (n + 1) % self.every == 0]
+
+    def problems(self, where: str, hidden_size: int, ffn_size: int, num_layers: int) -> list[str]:
+        """Return everything that makes this mixture impossible, one line each.
+
+        Args:
+            where: dotted key of this section, at the head of every line.
+            hidden_size: width of the residual stream.
+            ffn_size: width between the two matrices of an expert.
+            num_layers: blocks of the model.
+        """
+        found = []
+        if self.num_experts < 1:
+            return [f"{where}.num_experts: must be at least 1, is {self.num_experts}"]
+        if not 1 <= self.every <= num_layers:
+            found.append(
+                f"{where}.every: {self.every} of {num_layers} blocks; use 1 to {num_layers}"
+            )
+        found += self.router.problems(f"{where}.router", self.num_experts)
+        shapes = {"c_fc": (hidden_size, ffn_size), "c_proj": (ffn_size, hidden_size)}
+        for family, shape in shapes.items():
+            found += expert_site_problems(getattr(self, family), shape, f"{where}.{family}")
+        return found
+
+
+def expert_site_problems(
+    site: DenseExpertSite | MPOExpertSite | AsymmetricExpertSite,
+    shape: tuple[int, int],
+    where: str,
+) -> list[str]:
+    """Return what is wrong with an expert site for matrices of `shape` (in, out).
+
+    Args:
+        site: the representation asked for.
+        shape: sizes (in_features, out_features) of one expert's matrix.
+        where: dotted key of the site.
+    """
+    try:
+        spec = site.spec(*shape)
+    except SpecError as error:
+        return [f"{where}: {line}" for line in str(error).splitlines()]
+    if spec is None:
+        return []
+    found = []
+    if spec.num_cores < 3:
+        found.append(
+            f"{where}: {spec.num_cores} cores leave no auxiliary tensor on one side of the central "
+            "one; use at least 3"
+        )
+    if spec.is_padded:
+        found.append(
+            f"{where}: the modes multiply to {spec.padded_in} x {spec.padded_out}, but expert "
+            f"matrices are not padded: they must multiply to {shape[0]} x {shape[1]} exactly"
+        )
+    return found
