@@ -49,13 +49,13 @@ def build_model(model: GPT2Config, *, seed: int, dtype: str) -> nn.Module:
 
 def build_engine(run: RunConfig, model: nn.Module, world: World) -> Engine:
     """Put a model and its optimizer into the engine that the run asks for."""
-    model.to(world.device)
-    optimizer = build_optimizer(model, run.train.optimizer)
+    mask = run.train.central_mask
+    optimizer = build_optimizer(model, run.train.optimizer, mask, device=world.device)
     clip_norm = run.train.clip_norm or None
     if isinstance(run.engine, LocalConfig):
         return LocalEngine(
             model, optimizer, config=run.engine, world=world, seed=run.train.seed,
-            clip_norm=clip_norm,
+            clip_norm=clip_norm, central_mask=mask,
         )  # fmt: skip
     assert isinstance(run.engine, DeepSpeedConfig)
     from mpotrain.engine.deepspeed import DeepSpeedEngine
@@ -65,6 +65,7 @@ def build_engine(run: RunConfig, model: nn.Module, world: World) -> Engine:
         model, optimizer, config=run.engine, world=world, seed=run.train.seed,
         clip_norm=clip_norm, micro_batch_size=run.train.micro_batch_size,
         accumulation=layout.accumulation, global_batch_size=run.train.global_batch_size,
+        expert_ranks=run.parallel.expert, central_mask=mask,
     )  # fmt: skip
 
 
@@ -86,6 +87,10 @@ def open_data(run: RunConfig, split: Split) -> BlendedDataset:
 
 
 def model_signatures(model: nn.Module, run: RunConfig) -> dict[str, Signature]:
-    """Return role and global shape of every parameter; shapes come from the configuration."""
+    """Return role and global shape of all that a checkpoint holds; shapes are the configuration's.
+
+    A rank's own tensors may be smaller: it holds the rows of its experts alone.
+    """
     roles = {name: str(role_of(parameter)) for name, parameter in model.named_parameters()}
-    return {info.name: (roles[info.name], info.shape) for info in run.model.parameters()}
+    parameters = {info.name: (roles[info.name], info.shape) for info in run.model.parameters()}
+    return parameters | {info.name: (info.role, info.shape) for info in run.model.buffers()}

@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_prepare(commands)
     _add_plan(commands)
+    _add_convert(commands)
     _add_train(commands)
     _add_eval(commands)
     _add_generate(commands)
@@ -183,6 +184,42 @@ def _add_plan(commands: Commands[argparse.ArgumentParser]) -> None:
         "--sites", action="store_true", help="also print every contraction, operation by operation"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "convert",
+        "Write a trained dense GPT-2 as step 0 into the folder of a new run, which `train` goes on "
+        "with: as it is, or with experts that are copies of its feed-forward layers.",
+        handlers.convert,
+    )
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="run folder or checkpoint, folder of a Hugging Face GPT-2 (safetensors), or "
+        "hf:NAME[@REVISION]",
+    )
+    _add_run(parser)
+    parser.add_argument(
+        "--to",
+        choices=["gpt2", "mpo-moe"],
+        required=True,
+        help="the same network, or mixtures of experts as RUN describes them",
+    )
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint of this step of SOURCE")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-5,
+        metavar="X",
+        help="largest difference of scores over the largest score (default 1e-5)",
+    )
+    parser.add_argument(
+        "--allow-truncation",
+        action="store_true",
+        help="write even if truncated bonds lose more than that",
+    )
 
 
 def _add_train(commands: Commands[argparse.ArgumentParser]) -> None:

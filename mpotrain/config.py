@@ -18,11 +18,12 @@ from pydantic_core import ErrorDetails
 
 from mpotrain.checkpoint.config import CheckpointConfig
 from mpotrain.data.config import DataConfig
-from mpotrain.engine.config import EngineConfig, LocalConfig
+from mpotrain.engine.config import EngineConfig, LocalConfig, expert_problems
 from mpotrain.engine.config import problems as engine_problems
 from mpotrain.errors import ConfigError
 from mpotrain.layered_toml import LayeredTable, read_layers
 from mpotrain.models.config import ModelConfig
+from mpotrain.nn.moe.config import MoEConfig
 from mpotrain.parallel.plan import ParallelConfig, batch_problems
 from mpotrain.schema import config, to_dict
 from mpotrain.train.config import TrainConfig
@@ -72,9 +73,21 @@ class RunConfig:
                 f"data.sequence_length: {self.data.sequence_length} is longer than "
                 f"model.context_length {self.model.context_length}"
             )
+        found += self._expert_problems(self.model.moe)
         if world_size is not None:
             found += batch_problems(
                 self.train.global_batch_size, self.train.micro_batch_size, world_size, self.parallel
+            )
+        return found
+
+    def _expert_problems(self, moe: MoEConfig | None) -> list[str]:
+        """Return what is wrong between mixtures, the engine and the mask of central tensors."""
+        num_experts = None if moe is None else moe.num_experts
+        found = expert_problems(self.engine, self.parallel.expert, num_experts)
+        if self.train.central_mask.probability > 0 and not self.model.has_central_tensors():
+            found.append(
+                f"train.central_mask.probability: {self.train.central_mask.probability}, but no "
+                "site of the model has a central tensor; set it to 0, or tensorize a site"
             )
         return found
 

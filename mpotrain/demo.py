@@ -20,7 +20,8 @@ from mpotrain.data.config import PrepareConfig, SentencePieceConfig
 from mpotrain.data.prepare import prepare
 from mpotrain.errors import EXIT_DONE, ConfigError
 from mpotrain.generate import Sampling
-from mpotrain.report import render, weigh
+from mpotrain.report.text import render
+from mpotrain.report.weigh import weigh
 from mpotrain.trained import generate_texts, held_out_text
 from mpotrain.twins import DENSE_TWIN, Variant, markdown_table, plot_curves, train_variants
 

@@ -79,7 +79,9 @@ def _as_option(problem: str) -> str:
 def plan(options: argparse.Namespace) -> int:
     """Weigh a run."""
     from mpotrain.config import load_config
-    from mpotrain.report import render, render_operations, weigh
+    from mpotrain.report.sites import render_operations
+    from mpotrain.report.text import render
+    from mpotrain.report.weigh import weigh
     from mpotrain.tensor.plan import PROFILES
 
     if options.device not in (None, *PROFILES):
@@ -99,6 +101,31 @@ def plan(options: argparse.Namespace) -> int:
     if options.sites and not options.json:
         print(render_operations(run, report.device))
     return EXIT_BAD_INPUT if report.problems else EXIT_DONE
+
+
+def convert(options: argparse.Namespace) -> int:
+    """Write a trained model as step 0 of a run."""
+    from mpotrain.config import load_config
+
+    if not options.tolerance >= 0:
+        raise ConfigError(
+            [f"command line: --tolerance {options.tolerance}: must be a number of at least 0"]
+        )
+    run = load_config(options.run, options.overrides)
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+        return EXIT_DONE  # one process writes
+    from mpotrain.convert.conversion import convert as run_convert
+
+    result = run_convert(
+        options.source,
+        options.step,
+        run,
+        options.to,
+        tolerance=options.tolerance,
+        allow_truncation=options.allow_truncation,
+    )
+    print(result.describe())
+    return EXIT_DONE
 
 
 def train(options: argparse.Namespace) -> int:

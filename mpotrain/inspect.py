@@ -10,6 +10,7 @@ from typing import Any
 from mpotrain.checkpoint.manifest import Manifest as CheckpointManifest
 from mpotrain.data.manifest import Manifest as DataManifest
 from mpotrain.nn.spectra import SiteSpectrum
+from mpotrain.tensor.experts import num_expert_parameters
 from mpotrain.tensor.spec import exact_bonds
 
 
@@ -23,12 +24,14 @@ class SiteRow:
         modes: (i, j) of each core.
         bonds: inner bond dimensions.
         full_bonds: exact bonds, with which any matrix could be held.
-        parameters: of the cores.
-        dense_parameters: of the dense matrix.
+        parameters: of the cores, of all experts.
+        dense_parameters: of the dense matrix, or of one for each expert.
         core_norms: Frobenius norm of each core.
         weight_norm: Frobenius norm of the rebuilt matrix.
         entropies: entanglement entropy of each bond, nats.
         normalised: entropy over its largest possible value for that bond.
+        num_experts: experts of a mixture, over which norms and entropies are means; else 0.
+        expert_spread: how far experts lie apart: 0 for copies, nearly 1 for independent ones.
     """
 
     name: str
@@ -42,6 +45,8 @@ class SiteRow:
     weight_norm: float
     entropies: list[float]
     normalised: list[float]
+    num_experts: int
+    expert_spread: float
 
 
 def site_rows(spectra: Sequence[SiteSpectrum]) -> list[SiteRow]:
@@ -53,12 +58,16 @@ def site_rows(spectra: Sequence[SiteSpectrum]) -> list[SiteRow]:
             modes=list(zip(site.spec.in_modes, site.spec.out_modes, strict=True)),
             bonds=list(site.spec.bonds),
             full_bonds=list(exact_bonds(site.spec.in_modes, site.spec.out_modes)),
-            parameters=site.spec.num_parameters,
-            dense_parameters=site.spec.dense_parameters,
+            parameters=num_expert_parameters(site.spec, site.num_experts)
+            if site.num_experts
+            else site.spec.num_parameters,
+            dense_parameters=site.spec.dense_parameters * max(site.num_experts, 1),
             core_norms=site.norms,
             weight_norm=site.weight_norm,
             entropies=site.entropies,
             normalised=site.normalised,
+            num_experts=site.num_experts,
+            expert_spread=site.expert_spread,
         )
         for site in spectra
     ]
@@ -110,6 +119,8 @@ def _row_line(row: SiteRow) -> str:
         for bond, full, entropy in zip(row.bonds, row.full_bonds, row.normalised, strict=True)
     )
     norms = " ".join(f"{norm:.3g}" for norm in row.core_norms)
+    if row.num_experts:
+        norms += f"; {row.num_experts} experts, spread {row.expert_spread:.3f}"
     ratio = f"{100 * row.parameters / row.dense_parameters:.2f} %"
     return (
         f"{row.name:<28} {f'{row.shape[0]} x {row.shape[1]}':>13} {ratio:>9} "

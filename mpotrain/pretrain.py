@@ -23,7 +23,7 @@ from mpotrain.checkpoint.manifest import Manifest, RngRule
 from mpotrain.checkpoint.manifest import RunState as SavedState
 from mpotrain.checkpoint.store import CheckpointStore
 from mpotrain.config import RunConfig
-from mpotrain.data.dataset import changes
+from mpotrain.data.dataset import BlendedDataset, changes
 from mpotrain.data.loader import Loader
 from mpotrain.errors import (
     EXIT_DONE,
@@ -212,8 +212,9 @@ class _Start:
 
     def _resume(self, manifest: Manifest) -> RunState:
         reader = self.store.open(manifest.step)
-        self.engine.import_state(reader.read, manifest.run.num_updates)
         saved = manifest.run
+        counters = saved.train_state.get("counters")
+        self.engine.import_state(reader.read, saved.num_updates, counters)
         self.guard.load_state_dict(saved.train_state["anomaly"])
         state = RunState(
             step=saved.step,
@@ -236,22 +237,11 @@ class _Start:
 
     def _save(self, state: RunState) -> None:
         run = self.run
-        position = SavedState(
-            step=state.step,
-            consumed_samples=state.consumed_samples,
-            num_updates=state.num_updates,
-            config=to_dict(run),
-            data_fingerprint=self.dataset.digest,
-            rng=RngRule(seed=run.train.seed, rule=RNG_RULE),
-            engine={"kind": run.engine.kind, "world_size": self.world.size}
-            | {"dtype": run.engine.dtype, "zero_stage": getattr(run.engine, "zero_stage", None)},
-            train_state={
-                "tokens": state.tokens,
-                "anomaly": self.guard.state_dict(),
-                "data": self.dataset.fingerprint,
-                "tokenizer": to_dict(self.dataset.tokenizer),
-            },
-        )
+        engine: dict[str, Any] = {"kind": run.engine.kind, "world_size": self.world.size}
+        engine |= {"dtype": run.engine.dtype, "zero_stage": getattr(run.engine, "zero_stage", None)}
+        engine |= {"expert_ranks": run.parallel.expert}
+        counters = {"anomaly": self.guard.state_dict(), "counters": self.engine.counters()}
+        position = position_of(run, self.dataset, state, counters, engine)
         self.store.save(position, self.engine.export_state())
 
     def _parts(self, profile: bool, resume_step: int | None) -> LoopParts:
@@ -292,6 +282,7 @@ class _Start:
             evaluate=self._evaluator(),
             spectra=self._spectra,
             bytes_per_token=self.dataset.bytes_per_token,
+            mixtures=run.model.mixtures(),
         )
 
     def _evaluator(self) -> Any:
@@ -311,16 +302,53 @@ class _Start:
             return spectra_metrics(self.engine.model)
 
 
+def position_of(
+    run: RunConfig,
+    dataset: BlendedDataset,
+    state: RunState,
+    counters: Mapping[str, Any],
+    engine: Mapping[str, Any],
+) -> SavedState:
+    """Return what a checkpoint says of a run beside its tensors.
+
+    Args:
+        run: the resolved run.
+        dataset: its training data.
+        state: where it stands.
+        counters: state of the anomaly guard (`anomaly`), counters of the engine (`counters`).
+        engine: what wrote the checkpoint, for people.
+    """
+    return SavedState(
+        step=state.step,
+        consumed_samples=state.consumed_samples,
+        num_updates=state.num_updates,
+        config=to_dict(run),
+        data_fingerprint=dataset.digest,
+        rng=RngRule(seed=run.train.seed, rule=RNG_RULE),
+        engine=dict(engine),
+        train_state={
+            "tokens": state.tokens,
+            "data": dataset.fingerprint,
+            "tokenizer": to_dict(dataset.tokenizer),
+            **counters,
+        },
+    )
+
+
 def spectra_metrics(model: nn.Module) -> dict[str, Any]:
-    """Return norms and normalised entropies of all cores, as metrics."""
+    """Return norms and normalised entropies of all cores, and how far experts differ."""
     norms: dict[str, float] = {}
     entropies: dict[str, float] = {}
+    spreads: dict[str, float] = {}
     weights: dict[str, float] = {}
     for site in model_spectra(model):
         weights[site.name] = site.weight_norm
+        if site.num_experts:
+            spreads[site.name] = site.expert_spread
         norms |= {f"{site.name}.cores.{k}": norm for k, norm in enumerate(site.norms)}
         entropies |= {f"{site.name}.bond.{k}": v for k, v in enumerate(site.normalised, start=1)}
-    return {"core_norm": norms, "bond_entropy": entropies, "weight_norm": weights}
+    found = {"core_norm": norms, "bond_entropy": entropies, "weight_norm": weights}
+    return found | {"expert_spread": spreads} if spreads else found
 
 
 def default_profile(steps: int) -> ProfileConfig:

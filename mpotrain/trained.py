@@ -108,8 +108,8 @@ def load_trained(folder: Path, step: int | None, overrides: Sequence[str] = ()) 
     require_model(manifest, model_signatures(model, run))
     reader = store.open(manifest.step)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(reader.read(name, (WEIGHT,))[WEIGHT])
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(reader.read(name, (WEIGHT,))[WEIGHT])
     return TrainedModel(run, manifest, store.folder.parent, model.eval())
 
 

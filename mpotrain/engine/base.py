@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -48,6 +48,8 @@ class StepResult:
         num_tokens: targets that counted, over all ranks.
         skipped: whether the update was left out.
         reason: why it was left out, else None.
+        statistics: the model's sums over the whole global batch by name (`LossOutput.statistics`),
+            float64 on the host; empty where the model has none.
     """
 
     loss: float
@@ -56,6 +58,7 @@ class StepResult:
     num_tokens: int
     skipped: bool
     reason: str | None
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,8 @@ class Engine(Protocol):
 
     Attributes:
         world: the ranks.
-        model: the bare model; logical names are those of its `named_parameters()`.
+        model: the bare model; logical names are those of its `named_parameters()`. Under expert
+            parallelism a rank holds the rows of its own experts.
         num_updates: updates applied so far (Adam's counter); skipped steps do not count.
     """
 
@@ -148,19 +152,31 @@ class Engine(Protocol):
         """Yield the training state parameter by parameter; consume it wholly on every rank."""
         ...
 
-    def import_state(self, read: StateReader, num_updates: int) -> None:
+    def counters(self) -> dict[str, int]:
+        """Return Adam's counters of tensors that differ from `num_updates`, by logical name.
+
+        Only central tensors under a mask have their own (`CentralMask.updates`).
+        """
+        ...
+
+    def import_state(
+        self, read: StateReader, num_updates: int, counters: Mapping[str, int] | None = None
+    ) -> None:
         """Replace the training state parameter by parameter.
 
         Args:
             read: returns a parameter's whole tensors; without moments where num_updates is 0.
             num_updates: updates applied when the state was exported.
+            counters: what `counters` returned then.
         """
         ...
 
     def full_parameters(self) -> AbstractContextManager[None]:
         """Make all weights whole inside a `with` block, for reading and for plain forward passes.
 
-        Inside, `model` is an ordinary module: single ranks may call it alone.
+        Inside, `model` is an ordinary module: single ranks may call it alone. Not so under expert
+        parallelism, where experts stay where they are: weights may be read, forward passes are
+        collective.
         """
         ...
 

@@ -13,6 +13,34 @@ Dtype = Literal["fp32", "bf16"]
 
 
 @config
+class CentralMaskConfig:
+    """Random rest of the central tensors, so that auxiliaries learn more often (Gao et al. 2022).
+
+    A masked tensor keeps its value, its moments and its update counter bit for bit. The draws are
+    a function of (seed, step, tensor), so every rank takes the same decision.
+    """
+
+    probability: float = 0.0
+    """Probability p_b that an update of a central tensor is discarded; 1 freezes it."""
+    granularity: Literal["step", "tensor", "element"] = "step"
+    """One draw for each step, for each tensor and step, or for each element and step."""
+
+    def problems(self, where: str) -> list[str]:
+        """Return everything wrong with the section, one line each.
+
+        Args:
+            where: dotted key of this section.
+        """
+        if 0 <= self.probability <= 1:
+            return []
+        return [f"{where}.probability: must be in [0, 1], is {self.probability}"]
+
+
+NO_MASK = CentralMaskConfig()
+"""Every update of a central tensor is applied."""
+
+
+@config
 class LocalConfig:
     """One process, plain torch: the reference that every other engine is held against."""
 
@@ -59,6 +87,50 @@ class DeepSpeedConfig:
 
 EngineConfig = Annotated[LocalConfig | DeepSpeedConfig, Field(discriminator="kind")]
 """The engine section: tagged by `kind`."""
+
+
+def expert_problems(
+    engine: LocalConfig | DeepSpeedConfig, expert_ranks: int, num_experts: int | None
+) -> list[str]:
+    """Return why experts cannot be spread as asked, one line each.
+
+    Args:
+        engine: the engine section.
+        expert_ranks: `parallel.expert`.
+        num_experts: experts of each mixture; None = the model has no mixture.
+    """
+    where = "parallel.expert"
+    if num_experts is None:
+        if expert_ranks == 1:
+            return []
+        return [f"{where}: {expert_ranks}, but the model has no mixture of experts (model.moe)"]
+    found = []
+    if isinstance(engine, DeepSpeedConfig) and engine.zero_stage == 3:
+        found.append(
+            "engine.zero_stage: 3 with a mixture of experts (model.moe) is refused, as by "
+            "DeepSpeed 0.19.8: it gathers weights module by module and cannot follow the routing; "
+            "use stage 1 or 2"
+        )
+    if expert_ranks == 1:
+        return found
+    if num_experts % expert_ranks:
+        choices = [d for d in range(1, num_experts + 1) if num_experts % d == 0]
+        found.append(
+            f"{where}: {expert_ranks} ranks do not divide the {num_experts} experts "
+            f"(model.moe.num_experts); possible: {', '.join(map(str, choices))}"
+        )
+    if isinstance(engine, LocalConfig):
+        found.append(
+            f'{where}: {expert_ranks}, but the local engine runs one process; use engine.kind="'
+            'deepspeed", or parallel.expert=1'
+        )
+    elif engine.zero_stage == 0:
+        found.append(
+            f"{where}: {expert_ranks} with engine.zero_stage 0 is refused: every rank would have "
+            "to hold the whole optimizer state, also of experts that it does not hold; use stage "
+            "1 or 2, or parallel.expert=1"
+        )
+    return found
 
 
 def problems(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,13 +19,16 @@ from mpotrain.engine.base import (
     StepResult,
     skip_reason,
 )
-from mpotrain.engine.config import DeepSpeedConfig, problems
+from mpotrain.engine.central_mask import CentralMask
+from mpotrain.engine.config import NO_MASK, CentralMaskConfig, DeepSpeedConfig, problems
+from mpotrain.engine.deepspeed_experts import ExpertShards
 from mpotrain.engine.deepspeed_json import deepspeed_json
-from mpotrain.engine.deepspeed_modules import LossModule, StepGate, whole_parameters
+from mpotrain.engine.deepspeed_modules import LossModule, whole_parameters
 from mpotrain.engine.deepspeed_partition import partition_of
 from mpotrain.engine.deepspeed_start import start_deepspeed
 from mpotrain.engine.deepspeed_state import export_fragments, import_fragments
 from mpotrain.engine.evaluation import evaluate_batches
+from mpotrain.engine.fragment import Fragment
 from mpotrain.engine.gradients import (
     check_parameter_groups,
     norms_by_role,
@@ -34,8 +37,15 @@ from mpotrain.engine.gradients import (
     total_norm,
 )
 from mpotrain.engine.state import host_copy
+from mpotrain.engine.statistics import (
+    StatisticsSum,
+    balance_routers,
+    export_buffers,
+    import_buffers,
+)
+from mpotrain.engine.step_gate import StepGate, clip_coefficient
 from mpotrain.errors import ConfigError, ParallelError
-from mpotrain.nn.roles import Role, role_of
+from mpotrain.nn.roles import Role, experts_of, role_of
 from mpotrain.parallel.ranks import World, microbatch_seed
 
 
@@ -65,6 +75,8 @@ class DeepSpeedEngine:
         micro_batch_size: int,
         accumulation: int,
         global_batch_size: int,
+        expert_ranks: int = 1,
+        central_mask: CentralMaskConfig = NO_MASK,
     ) -> None:
         """Hand a model and its optimizer to DeepSpeed.
 
@@ -80,6 +92,8 @@ class DeepSpeedEngine:
             micro_batch_size: sequences in a forward pass.
             accumulation: micro-batches in a step on each rank.
             global_batch_size: sequences in a step over all ranks.
+            expert_ranks: ranks over which the experts of a mixture are spread.
+            central_mask: which updates of central tensors are discarded.
 
         Raises:
             ConfigError: an unsupported combination, or groups that do not fit the model.
@@ -88,21 +102,23 @@ class DeepSpeedEngine:
         if found:
             raise ConfigError(found)
         self.world = world
-        self.model = model.to(world.device)
+        self.model = model
         self.num_updates = 0
         self._config = config
         self._seed = seed
         self._accumulation = accumulation
+        self._clip_norm = clip_norm
         self._optimizer = optimizer
+        self._experts = ExpertShards(model, expert_ranks, world)
+        self._mask = CentralMask(central_mask, seed, optimizer.param_groups)
         self._parameters = dict(model.named_parameters())
         self._shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
-        self._gate = StepGate(optimizer)
+        self._gate = StepGate(optimizer, self._mask, self._fragment)
         self.json = deepspeed_json(
             config,
             global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,
             accumulation=accumulation,
-            clip_norm=clip_norm,
             on_cuda=world.device.type == "cuda",
         )
         self._initialize()
@@ -123,19 +139,25 @@ class DeepSpeedEngine:
                 f"the engine was built for {self._accumulation}"
             )
         num_tokens = self._count_tokens(microbatches)
-        loss_sum = self._accumulate(microbatches, step, num_tokens)
+        statistics = StatisticsSum(self.world.device)
+        loss_sum = self._accumulate(microbatches, step, num_tokens, statistics)
         squares = squares_by_role(self._own_gradients(), self.world.device)
         total, *by_role = self.world.all_reduce_sum(torch.cat([loss_sum, squares])).tolist()
         loss, norm = total / max(num_tokens, 1), total_norm(by_role)
         reason = skip_reason(loss, norm, num_tokens, guard)
+        counted = statistics.over_ranks(self.world)
         set_learning_rate(self._optimizer, lr)
+        clip = clip_coefficient(norm, self._clip_norm)
         # DeepSpeed always runs its whole step, which also clears its gradients; what is refused is
         # the one call in the middle that changes masters and moments.
-        with self._gate.passing(reason is None):
+        with self._gate.passing(reason is None, step=step, clip=clip):
             self._engine.step()
-        if reason is not None:
+        if reason is None:
+            self._mask.count_update(step)
+            balance_routers(self.model, counted)
+            self.num_updates += 1
+        else:
             self._partition.drop_gradients()
-        self.num_updates += reason is None
         roles = (role_of(p) for p in self._parameters.values())
         return StepResult(
             loss=loss,
@@ -144,21 +166,28 @@ class DeepSpeedEngine:
             num_tokens=num_tokens,
             skipped=reason is not None,
             reason=reason,
+            statistics=counted,
         )
 
     def evaluate(self, batches: Iterable[Batch]) -> EvalResult:
         """Return the loss over all ranks' batches; see `Engine.evaluate`."""
+
+        def forward(batch: Batch) -> Tensor:
+            loss_sum: Tensor = self._engine(batch)[1]
+            return loss_sum
+
+        split = self._config.zero_stage == 3 or self._experts.degree > 1
         return evaluate_batches(
             self._engine.module,
-            self._engine,
+            forward,
             batches,
             self.world,
-            lockstep=self._config.zero_stage == 3 and self.world.size > 1,
+            lockstep=split and self.world.size > 1,
         )
 
     def export_state(self) -> Iterator[StateTensor]:
         """Yield the training state parameter by parameter; see `Engine.export_state`."""
-        return export_fragments(
+        yield from export_fragments(
             self._partition,
             self._optimizer,
             self._parameters,
@@ -166,12 +195,27 @@ class DeepSpeedEngine:
             self.world,
             self.num_updates,
         )
+        yield from export_buffers(self.model, self.world)
 
-    def import_state(self, read: StateReader, num_updates: int) -> None:
+    def counters(self) -> dict[str, int]:
+        """Return Adam's counters of central tensors that rest now and then."""
+        return dict(self._mask.updates)
+
+    def import_state(
+        self, read: StateReader, num_updates: int, counters: Mapping[str, int] | None = None
+    ) -> None:
         """Replace the training state; see `Engine.import_state`."""
+        self._mask.load(counters, num_updates)
         import_fragments(
-            self._partition, self._optimizer, self._parameters, self._shapes, read, num_updates
+            self._partition,
+            self._optimizer,
+            self._parameters,
+            self._shapes,
+            read,
+            num_updates,
+            lambda group: self._mask.group_updates(group, num_updates),
         )
+        import_buffers(self.model, read)
         self.num_updates = num_updates
 
     def full_parameters(self) -> AbstractContextManager[None]:
@@ -184,24 +228,37 @@ class DeepSpeedEngine:
         """Release DeepSpeed's hooks and buffers; the world stays."""
         self._engine.destroy()
         self._gate.remove()
+        self._experts.close()
 
     def _initialize(self) -> None:
         self._deepspeed = start_deepspeed(self.world)
-        for parameter in self._parameters.values():
-            self.world.broadcast(parameter.data)
         # DeepSpeed rounds the model to bf16 before it copies the masters: keep what was lost.
         exact = {
             name: host_copy(p)
-            for name, p in self._parameters.items()
+            for name, p in [*self._parameters.items(), *self.model.named_buffers()]
             if self._config.dtype == "bf16"
         }
+        # Other ranks' experts never reach the device.
+        self._experts.cut()
+        self._experts.mark(self._optimizer)
+        self.model.to(self.world.device)
+        for parameter in self._parameters.values():
+            if not (self._experts.degree > 1 and experts_of(parameter)):
+                self.world.broadcast(parameter.data)
         self._engine: Any = self._deepspeed.initialize(
-            model=LossModule(self.model, bare_call=self._config.zero_stage == 3),
+            model=LossModule(
+                self.model,
+                bare_call=self._config.zero_stage == 3,
+                marker=self._experts.marker(self._deepspeed),
+            ),
             optimizer=self._optimizer,
             config=self.json,
             dist_init_required=False,
         )[0]
-        self._partition = partition_of(self._engine, self._config.zero_stage, self.world)
+        self._experts.connect()
+        self._partition = partition_of(
+            self._engine, self._config.zero_stage, self.world, self._experts
+        )
         if exact:
             self.import_state(lambda name: {WEIGHT: exact[name]}, 0)
 
@@ -209,7 +266,13 @@ class DeepSpeedEngine:
         count = torch.tensor(sum(batch.num_tokens for batch in microbatches), dtype=torch.int64)
         return int(self.world.all_reduce_sum(count.to(self.world.device)))
 
-    def _accumulate(self, microbatches: Sequence[Batch], step: int, num_tokens: int) -> Tensor:
+    def _accumulate(
+        self,
+        microbatches: Sequence[Batch],
+        step: int,
+        num_tokens: int,
+        statistics: StatisticsSum,
+    ) -> Tensor:
         """Run all micro-batches; return this rank's summed loss, float64 (1,)."""
         self._engine.train()
         # DeepSpeed averages gradients over ranks; the product undoes it. Its division by the
@@ -221,10 +284,14 @@ class DeepSpeedEngine:
             self._engine.set_gradient_accumulation_boundary(last)
             number = slot * self.world.size + self.world.rank
             torch.manual_seed(microbatch_seed(self._seed, step, number))
-            part: Tensor = self._engine(batch.to(self.world.device))
-            loss_sum += part.detach()
-            self._engine.backward(part * scale, scale_wrt_gas=False)
+            objective, loss, counts = self._engine(batch.to(self.world.device))
+            loss_sum += loss
+            statistics.add(counts)
+            self._engine.backward(objective * scale, scale_wrt_gas=False)
         return loss_sum
+
+    def _fragment(self, name: str) -> Fragment | None:
+        return self._partition.fragment(self._parameters[name])
 
     def _own_gradients(self) -> Iterator[tuple[Role, Tensor]]:
         if self._config.offload_optimizer and self.world.device.type == "cuda":

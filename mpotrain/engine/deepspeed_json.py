@@ -20,7 +20,6 @@ def deepspeed_json(
     global_batch_size: int,
     micro_batch_size: int,
     accumulation: int,
-    clip_norm: float | None,
     on_cuda: bool,
 ) -> dict[str, Any]:
     """Return the configuration that `deepspeed.initialize` gets.
@@ -30,7 +29,6 @@ def deepspeed_json(
         global_batch_size: sequences in a step, over all ranks.
         micro_batch_size: sequences in a forward pass.
         accumulation: micro-batches in a step on each rank.
-        clip_norm: largest gradient norm that is let through; None = no clipping.
         on_cuda: whether ranks compute on CUDA (pinned memory, streams).
 
     Returns:
@@ -42,7 +40,8 @@ def deepspeed_json(
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "managed_gradient_accumulation": True,
-        "gradient_clipping": 0.0 if clip_norm is None else clip_norm,
+        # Clipping is done at the optimizer's gate, with a norm that is right in every stage.
+        "gradient_clipping": 0.0,
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
         "communication_data_type": config.reduce_dtype,

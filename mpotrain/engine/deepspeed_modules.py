@@ -1,79 +1,48 @@
-"""What stands between our objects and DeepSpeed: a module, a gate and an opened model."""
+"""What stands between our objects and DeepSpeed: a module and an opened model."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from mpotrain.batch import Batch
+from mpotrain.batch import Batch, LossOutput
 
 
 class LossModule(nn.Module):
-    """Turns a model's `LossOutput` into the bare loss tensor.
+    """Turns a model's `LossOutput` into bare tensors: objective, loss and statistics.
 
     DeepSpeed hangs its work before backward on the output tensors of a module and finds them in
     tensors and plain containers alone; a dataclass passes by unseen, and gradients of one
     micro-batch would be counted again in the next.
     """
 
-    def __init__(self, model: nn.Module, *, bare_call: bool) -> None:
+    def __init__(
+        self, model: nn.Module, *, bare_call: bool, marker: nn.Module | None = None
+    ) -> None:
         """Wrap a model.
 
         Args:
             model: returns a `LossOutput`.
+            marker: empty module by which DeepSpeed sees that there are experts.
             bare_call: call its `forward` without its hooks. Stage 3 needs that: parameters that
                 the model itself uses (positions, a tied head) are then gathered by this module,
                 whose output it can see, in backward too.
         """
         super().__init__()
         self.model = model
+        self.marker = marker
         self._bare_call = bare_call
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the summed loss of a micro-batch, scalar."""
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the objective and the loss of a micro-batch, both sums, and its statistics."""
         call = self.model.forward if self._bare_call else self.model
-        loss_sum: Tensor = call(batch).loss_sum
-        return loss_sum
-
-
-class StepGate:
-    """Stands in an optimizer's `step` and lets it through or not.
-
-    Every ZeRO stage prepares gradients, calls the client optimizer's `step`, copies masters to
-    weights and clears its buffers. With the gate shut all of this runs but the update itself, so
-    masters, moments and counters stay as they were, and the copy changes nothing.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-        self._step: Callable[..., Any] = optimizer.step
-        self._open = True
-        optimizer.step = self._gated  # type: ignore[assignment, method-assign]
-
-    @contextmanager
-    def passing(self, allowed: bool) -> Iterator[None]:
-        """Open or shut the gate for the length of a block."""
-        self._open = allowed
-        try:
-            yield
-        finally:
-            self._open = True
-
-    def remove(self) -> None:
-        """Give the optimizer its own `step` back."""
-        self._optimizer.__dict__.pop("step", None)
-
-    def _gated(self, closure: Callable[[], float] | None = None) -> float | None:
-        if not self._open:
-            return None
-        result: float | None = self._step(closure)
-        return result
+        output: LossOutput = call(batch)
+        return output.objective, output.loss_sum.detach(), dict(output.statistics or {})
 
 
 @contextmanager

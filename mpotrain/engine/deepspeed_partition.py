@@ -9,34 +9,14 @@ to the `Fragment` of it that this rank owns; over all ranks the fragments cover 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from mpotrain.engine.deepspeed_experts import ExpertShards
+from mpotrain.engine.fragment import Fragment
 from mpotrain.parallel.ranks import World
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """Part of a parameter whose master weights this rank updates.
-
-    Attributes:
-        start: first element, counted in the flattened parameter.
-        numel: number of elements, padding left out.
-        flat: vector that the optimizer updates; holds this fragment and others.
-        flat_start: first element of the fragment in `flat`.
-    """
-
-    start: int
-    numel: int
-    flat: Tensor
-    flat_start: int
-
-    def of(self, vector: Tensor) -> Tensor:
-        """Return the fragment's view (n,) into a vector laid out like `flat`."""
-        return vector.detach().reshape(-1).narrow(0, self.flat_start, self.numel)
 
 
 class Partition(Protocol):
@@ -101,13 +81,15 @@ class FlatPartition:
 
     shared = False
 
-    def __init__(self, zero: Any) -> None:
+    def __init__(self, zero: Any, experts: ExpertShards) -> None:
         self._zero = zero
-        self._optimizer: torch.optim.Optimizer = zero.optimizer
+        self._experts = experts
+        # DeepSpeed shows the optimizer one group at a time while it steps: keep them all.
+        self._groups: list[dict[str, Any]] = list(zero.optimizer.param_groups)
 
     def flats(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         """Yield this rank's cut of each group."""
-        for group in self._optimizer.param_groups:
+        for group in self._groups:
             yield group, group["params"][0]
 
     def fragment(self, parameter: nn.Parameter) -> Fragment | None:
@@ -115,9 +97,10 @@ class FlatPartition:
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:
             return None
-        flat = self._optimizer.param_groups[mapping.param_group_index]["params"][0]
+        flat: Tensor = self._groups[mapping.param_group_index]["params"][0]
         address = mapping.get_hp_fragment_address()
-        return Fragment(mapping.lp_fragment_address.start, address.numel, flat, address.start)
+        start = self._experts.offset(parameter) + mapping.lp_fragment_address.start
+        return Fragment(start, address.numel, flat, address.start)
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """Return the gradient of the own part."""
@@ -199,16 +182,17 @@ class SplitPartition:
         return address
 
 
-def partition_of(engine: Any, stage: int, world: World) -> Partition:
+def partition_of(engine: Any, stage: int, world: World, experts: ExpertShards) -> Partition:
     """Return the partition of an initialised DeepSpeed engine.
 
     Args:
         engine: a `DeepSpeedEngine`.
         stage: its ZeRO stage.
         world: the ranks.
+        experts: which rows of the experts this rank holds.
     """
     if stage == 0:
         return WholePartition(engine.optimizer, world)
     if stage < 3:
-        return FlatPartition(engine.optimizer)
+        return FlatPartition(engine.optimizer, experts)
     return SplitPartition(engine.optimizer, engine, world)

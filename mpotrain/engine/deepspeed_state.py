@@ -7,14 +7,15 @@ go on; at most one parameter is whole in memory beyond what training holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mpotrain.engine.base import MOMENTS, WEIGHT, StateReader, StateTensor
-from mpotrain.engine.deepspeed_partition import Fragment, Partition
+from mpotrain.engine.deepspeed_partition import Partition
+from mpotrain.engine.fragment import Fragment
 from mpotrain.engine.state import fresh_adam_state, host_copy, read_checked
 from mpotrain.nn.roles import role_of
 from mpotrain.parallel.ranks import World
@@ -69,6 +70,7 @@ def import_fragments(
     shapes: dict[str, tuple[int, ...]],
     read: StateReader,
     num_updates: int,
+    updates_of: Callable[[dict[str, Any]], int],
 ) -> None:
     """Write the state of all parameters into this rank's fragments; see `export_fragments`.
 
@@ -79,11 +81,12 @@ def import_fragments(
         shapes: their whole shapes.
         read: returns whole tensors of a logical name.
         num_updates: Adam's counter.
+        updates_of: returns the counter of an optimizer group.
     """
     optimizer.state.clear()
     if num_updates:
         for group, flat in partition.flats():
-            optimizer.state[flat] = fresh_adam_state(group, flat, num_updates)
+            optimizer.state[flat] = fresh_adam_state(group, flat, updates_of(group))
     for name, parameter in parameters.items():
         tensors = read_checked(read, name, shapes[name], num_updates)
         fragment = partition.fragment(parameter)
@@ -103,8 +106,11 @@ def _fill(
     optimizer: torch.optim.Optimizer,
     kinds: tuple[str, ...],
 ) -> None:
+    state = optimizer.state.get(fragment.flat, {})
     for kind, row in zip(kinds, whole, strict=True):
-        source = fragment.flat if kind == WEIGHT else optimizer.state[fragment.flat][kind]
+        source = fragment.flat if kind == WEIGHT else state.get(kind)
+        if source is None:  # a central tensor that has always rested has no moments yet
+            continue
         row.narrow(0, fragment.start, fragment.numel).copy_(fragment.of(source))
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_
 
-from mpotrain.batch import Batch
+from mpotrain.batch import Batch, LossOutput
 from mpotrain.engine.base import (
     MOMENTS,
     WEIGHT,
@@ -20,8 +19,10 @@ from mpotrain.engine.base import (
     StepResult,
     skip_reason,
 )
-from mpotrain.engine.config import LocalConfig
+from mpotrain.engine.central_mask import CentralMask
+from mpotrain.engine.config import NO_MASK, CentralMaskConfig, LocalConfig
 from mpotrain.engine.evaluation import evaluate_batches
+from mpotrain.engine.fragment import Fragment
 from mpotrain.engine.gradients import (
     check_parameter_groups,
     norms_by_role,
@@ -30,6 +31,13 @@ from mpotrain.engine.gradients import (
     total_norm,
 )
 from mpotrain.engine.state import fresh_adam_state, host_copy, read_checked
+from mpotrain.engine.statistics import (
+    StatisticsSum,
+    balance_routers,
+    export_buffers,
+    import_buffers,
+)
+from mpotrain.engine.step_gate import StepGate, clip_coefficient
 from mpotrain.errors import ConfigError, ParallelError
 from mpotrain.nn.roles import Role, role_of
 from mpotrain.parallel.ranks import World, microbatch_seed
@@ -53,6 +61,7 @@ class LocalEngine:
         world: World,
         seed: int,
         clip_norm: float | None,
+        central_mask: CentralMaskConfig = NO_MASK,
     ) -> None:
         """Take over a model and its optimizer.
 
@@ -63,6 +72,7 @@ class LocalEngine:
             world: a world of one.
             seed: seed of the run, for dropout.
             clip_norm: largest gradient norm that is let through; None = no clipping.
+            central_mask: which updates of central tensors are discarded.
 
         Raises:
             ParallelError: the world has more than one rank.
@@ -86,6 +96,8 @@ class LocalEngine:
         self._config = config
         self._seed = seed
         self._clip_norm = clip_norm
+        self._mask = CentralMask(central_mask, seed, optimizer.param_groups)
+        self._gate = StepGate(optimizer, self._mask, self._fragment)
 
     def step(
         self,
@@ -101,20 +113,25 @@ class LocalEngine:
         self._optimizer.zero_grad(set_to_none=True)
         num_tokens = sum(batch.num_tokens for batch in microbatches)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        statistics = StatisticsSum(self.world.device)
         for slot, batch in enumerate(microbatches):
             torch.manual_seed(microbatch_seed(self._seed, step, slot))
-            part: Tensor = self.model(batch.to(self.world.device)).loss_sum
-            loss_sum += part.detach()
-            (part / max(num_tokens, 1)).backward()  # type: ignore[no-untyped-call]
+            output: LossOutput = self.model(batch.to(self.world.device))
+            loss_sum += output.loss_sum.detach()
+            statistics.add(output.statistics)
+            (output.objective / max(num_tokens, 1)).backward()  # type: ignore[no-untyped-call]
         gradients = self._gradients()
         squares = squares_by_role(gradients, self.world.device).tolist()
         loss, norm = loss_sum.item() / max(num_tokens, 1), total_norm(squares)
         reason = skip_reason(loss, norm, num_tokens, guard)
+        counted = statistics.over_ranks(self.world)
         if reason is None:
-            if self._clip_norm is not None:
-                clip_grads_with_norm_(self.model.parameters(), self._clip_norm, torch.tensor(norm))
             set_learning_rate(self._optimizer, lr)
-            self._optimizer.step()
+            clip = clip_coefficient(norm, self._clip_norm)
+            with self._gate.passing(True, step=step, clip=clip):
+                self._optimizer.step()
+            self._mask.count_update(step)
+            balance_routers(self.model, counted)
             self.num_updates += 1
         self._optimizer.zero_grad(set_to_none=True)
         roles = (role_of(p) for p in self.model.parameters())
@@ -125,6 +142,7 @@ class LocalEngine:
             num_tokens=num_tokens,
             skipped=reason is not None,
             reason=reason,
+            statistics=counted,
         )
 
     def evaluate(self, batches: Iterable[Batch]) -> EvalResult:
@@ -142,21 +160,36 @@ class LocalEngine:
             state = self._optimizer.state.get(parameter, {})
             tensors = {WEIGHT: host_copy(parameter)}
             if self.num_updates:
-                tensors |= {moment: host_copy(state[moment]) for moment in MOMENTS}
+                # A central tensor that has always rested has no moments yet.
+                tensors |= {
+                    moment: host_copy(state.get(moment, torch.zeros_like(parameter)))
+                    for moment in MOMENTS
+                }
             yield StateTensor(name, role_of(parameter), tuple(parameter.shape), tensors)
+        yield from export_buffers(self.model, self.world)
 
-    def import_state(self, read: StateReader, num_updates: int) -> None:
+    def counters(self) -> dict[str, int]:
+        """Return Adam's counters of central tensors that rest now and then."""
+        return dict(self._mask.updates)
+
+    def import_state(
+        self, read: StateReader, num_updates: int, counters: Mapping[str, int] | None = None
+    ) -> None:
         """Replace the training state; see `Engine.import_state`."""
+        self._mask.load(counters, num_updates)
         groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
         self._optimizer.state.clear()
         for name, parameter in self.model.named_parameters():
             tensors = read_checked(read, name, tuple(parameter.shape), num_updates)
             parameter.data.copy_(tensors[WEIGHT])
             if num_updates:
-                state = fresh_adam_state(groups[id(parameter)], parameter, num_updates)
+                group = groups[id(parameter)]
+                count = self._mask.group_updates(group, num_updates)
+                state = fresh_adam_state(group, parameter, count)
                 for moment in MOMENTS:
                     state[moment].copy_(tensors[moment])
                 self._optimizer.state[parameter] = state
+        import_buffers(self.model, read)
         self.num_updates = num_updates
 
     def full_parameters(self) -> AbstractContextManager[None]:
@@ -164,8 +197,13 @@ class LocalEngine:
         return nullcontext()
 
     def close(self) -> None:
-        """Drop gradients; nothing else is held."""
+        """Drop gradients and give the optimizer its own step back."""
         self._optimizer.zero_grad(set_to_none=True)
+        self._gate.remove()
+
+    def _fragment(self, name: str) -> Fragment:
+        parameter = self.model.get_parameter(name)
+        return Fragment(0, parameter.numel(), parameter, 0)
 
     def _gradients(self) -> list[tuple[Role, Tensor]]:
         """Return all gradients; a parameter that took no part has a zero one, as in ZeRO."""

@@ -52,26 +52,54 @@ class StepTraffic:
     Attributes:
         gradients: reduction of gradients.
         weights: gathering of updated (ZeRO-1, 2) or needed (ZeRO-3) weights.
+        tokens: exchange of tokens between ranks that hold different experts.
     """
 
     gradients: int
     weights: int
+    tokens: int = 0
 
     @property
     def total(self) -> int:
         """All bytes sent in a step."""
-        return self.gradients + self.weights
+        return self.gradients + self.weights + self.tokens
 
 
-def state_memory(engine: EngineConfig, sizes: Sequence[int], world_size: int) -> StateMemory:
+@dataclass(frozen=True)
+class ExpertSizes:
+    """Parameters that are spread over expert-parallel ranks.
+
+    Attributes:
+        elements: all experts' elements together, over all mixtures.
+        ranks: expert-parallel degree; 1 = every rank holds all of them.
+        exchanged: bytes that leave a rank in one micro-batch with tokens on their way to experts
+            and back, forward and backward.
+    """
+
+    elements: int = 0
+    ranks: int = 1
+    exchanged: int = 0
+
+
+NO_EXPERTS = ExpertSizes()
+
+
+def state_memory(
+    engine: EngineConfig,
+    sizes: Sequence[int],
+    world_size: int,
+    experts: ExpertSizes = NO_EXPERTS,
+) -> StateMemory:
     """Return the training state of one rank.
 
     Args:
         engine: the back end.
-        sizes: number of elements of every parameter.
+        sizes: number of elements of every parameter, all experts included.
         world_size: data-parallel ranks.
+        experts: how many of them are spread, and over how many ranks.
     """
     count = sum(sizes)
+    elsewhere = experts.elements - experts.elements // experts.ranks
     if not isinstance(engine, DeepSpeedConfig):
         return StateMemory(FP32 * count, 0, FP32 * count, 2 * FP32 * count)
     stage = engine.zero_stage
@@ -81,9 +109,12 @@ def state_memory(engine: EngineConfig, sizes: Sequence[int], world_size: int) ->
 
     width = 2 if engine.dtype == "bf16" else FP32
     small = sum(size for size in sizes if size <= engine.persistence_threshold)
-    weights = width * small + share(width * (count - small), 3) if stage == 3 else width * count
+    # Masters and moments of experts are split over the fewer ranks that hold the same ones: what
+    # a rank keeps of them is the same part of all experts as of everything else.
+    held = count - elsewhere
+    weights = width * small + share(width * (count - small), 3) if stage == 3 else width * held
     masters = 0 if stage == 0 else share(FP32 * count, 1)
-    gradients = share(FP32 * count, 2)
+    gradients = share(FP32 * count, 2) if stage >= 2 else FP32 * held
     moments = share(2 * FP32 * count, 1)
     on_host = masters + moments if engine.offload_optimizer else 0
     if engine.offload_parameters:
@@ -107,7 +138,11 @@ def _buffers(engine: DeepSpeedConfig, sizes: Sequence[int], width: int) -> int:
 
 
 def step_traffic(
-    engine: EngineConfig, sizes: Sequence[int], world_size: int, accumulation: int
+    engine: EngineConfig,
+    sizes: Sequence[int],
+    world_size: int,
+    accumulation: int,
+    experts: ExpertSizes = NO_EXPERTS,
 ) -> StepTraffic:
     """Return what one rank sends in a step.
 
@@ -116,6 +151,7 @@ def step_traffic(
         sizes: number of elements of every parameter.
         world_size: data-parallel ranks.
         accumulation: micro-batches that a rank accumulates in a step.
+        experts: parameters that are spread over expert-parallel ranks.
     """
     if world_size == 1 or not isinstance(engine, DeepSpeedConfig):
         return StepTraffic(0, 0)
@@ -129,9 +165,17 @@ def step_traffic(
     # whole buckets (use_multi_rank_bucket_allreduce), stage 3 reduce-scatters.
     reductions = accumulation if stage >= 2 else 1
     rings = 1 if stage == 3 else 2
-    gradients = round(rings * part * reduced * count * reductions)
     if stage < 3:
-        return StepTraffic(gradients, round(part * width * count))
+        # What is reduced and gathered over the whole world, and over ranks with the same experts.
+        local = experts.elements // experts.ranks
+        same = world_size // experts.ranks
+        reach = part * (count - experts.elements) + (same - 1) / same * local
+        return StepTraffic(
+            round(rings * reach * reduced * reductions),
+            round(reach * width),
+            experts.exchanged * accumulation,
+        )
+    gradients = round(rings * part * reduced * count * reductions)
     split = sum(size for size in sizes if size > engine.persistence_threshold)
     # Forward of every micro-batch gathers what is split, and backward once more where too much is
     # live to be kept in between; the step gathers the rest.

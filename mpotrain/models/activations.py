@@ -30,8 +30,9 @@ def activation_memory(
 ) -> ActivationMemory:
     """Return the activation memory of one micro-batch.
 
-    Tensorized and dense sites keep the same tensor, their input; a plan with `keep_weight` adds
-    the rebuilt matrix, which `plan` shows with the site.
+    Tensorized and dense sites keep the same tensor, their input; what a plan keeps beside it (a
+    rebuilt matrix, the output of a central product) `plan` shows with the site. Experts spread over
+    ranks keep rows of other ranks' tokens in place of their own: as many where loads are even.
 
     Args:
         model: sizes.
@@ -48,9 +49,29 @@ def activation_memory(
         kept += 2 * width * hidden
     if model.dropout > 0:
         kept += 2 * hidden
-    block = num_tokens * kept
-    blocks = block * model.num_layers
+    mixture = kept + _mixture_extra(model, width)
+    num_mixtures = len(model.mixture_layers())
+    blocks = num_tokens * (kept * (model.num_layers - num_mixtures) + mixture * num_mixtures)
     if model.activation_checkpointing:
-        blocks = model.num_layers * num_tokens * hidden * width + block
+        largest = mixture if num_mixtures else kept
+        blocks = num_tokens * (model.num_layers * hidden * width + largest)
     output = num_tokens * model.vocab_size * (width + 8) + num_tokens * hidden * (width + 4)
     return ActivationMemory(blocks, output)
+
+
+def _mixture_extra(model: GPT2Config, width: int) -> int:
+    """Return the bytes a token keeps in a mixture beyond those in a feed-forward layer."""
+    if model.moe is None:
+        return 0
+    router, hidden = model.moe.router, model.hidden_size
+    # The rows of all choices, before and after the first matrix of an expert.
+    extra = width * (router.top_k * hidden + 2 * (router.top_k - 1) * model.ffn_size)
+    if router.gate_at == "output":
+        extra += width * router.top_k * hidden  # results, for the gradient of their gates
+    if width != 4:
+        extra += 4 * hidden  # the router's input in fp32, in place of that of the first matrix
+        extra -= width * hidden if router.gate_at == "output" else 0
+    if router.jitter > 0:
+        extra += 4 * hidden
+    # Three fp32 numbers for each expert (scores, logarithms, probabilities); permutations.
+    return extra + 12 * model.moe.num_experts + 28 * router.top_k

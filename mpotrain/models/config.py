@@ -1,6 +1,6 @@
 """GPT-2: sizes, sites and parameter counts, known without torch.
 
-`sites()` lists every weight matrix; `parameters()` predicts every parameter with its logical
+`all_sites()` lists every weight matrix; `parameters()` predicts every parameter with its logical
 name, shape and role. Both feed `mpotrain plan` and build the modules; a test holds them equal to
 `named_parameters()`.
 """
@@ -8,15 +8,16 @@ name, shape and role. Both feed `mpotrain plan` and build the modules; a test ho
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from math import prod
 from typing import Literal
 
+from mpotrain.models.sites import ParameterInfo, Site, site_parameters
 from mpotrain.nn.config import DenseSite, SiteConfig, site_problems
+from mpotrain.nn.moe.config import MoEConfig
 from mpotrain.schema import config
-from mpotrain.tensor.spec import MPOSpec
 
 SITE_NAMES = ("embedding", "qkv", "attention_out", "c_fc", "c_proj")
+FEED_FORWARD = ("c_fc", "c_proj")
+"""Families that a mixture of experts replaces in its block."""
 
 
 @config
@@ -33,51 +34,6 @@ class GPT2Sites:
     """First feed-forward matrix (hidden x ffn)."""
     c_proj: SiteConfig = DenseSite()
     """Second feed-forward matrix (ffn x hidden)."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """One weight matrix of a model.
-
-    Attributes:
-        name: logical name of the module that owns it.
-        family: key under `model.sites`.
-        in_features: rows I of W (y = x W).
-        out_features: columns J of W.
-        choice: the representation asked for in the configuration.
-        spec: the operator, None when dense.
-        bias: whether a bias vector of length J goes with it.
-    """
-
-    name: str
-    family: str
-    in_features: int
-    out_features: int
-    choice: SiteConfig
-    spec: MPOSpec | None
-    bias: bool
-
-
-@dataclass(frozen=True)
-class ParameterInfo:
-    """A parameter foretold: logical name, shape and role.
-
-    Attributes:
-        name: name in `named_parameters()` and in checkpoints.
-        shape: global shape.
-        role: value of `mpotrain.nn.roles.Role`.
-        site: name of the site it belongs to, or None.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    role: str
-    site: str | None
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return prod(self.shape)
 
 
 @config
@@ -109,6 +65,8 @@ class GPT2Config:
     """Recompute the blocks in the backward pass instead of keeping their activations."""
     sites: GPT2Sites = GPT2Sites()
     """Representation of each family of weight matrices."""
+    moe: MoEConfig | None = None
+    """Mixtures of experts in place of feed-forward layers; absent = none."""
 
     def site_shapes(self) -> dict[str, tuple[int, int]]:
         """Return the shape (in, out) of each family of matrices."""
@@ -121,15 +79,28 @@ class GPT2Config:
             "c_proj": (ffn, hidden),
         }
 
+    def mixture_layers(self) -> list[int]:
+        """Return the numbers (from 0) of the blocks whose feed-forward layer is a mixture."""
+        return [] if self.moe is None else self.moe.layers(self.num_layers)
+
+    def mixtures(self) -> list[str]:
+        """Return the logical names of the mixtures, in the order of their statistics."""
+        return [f"blocks.{layer}.ffn" for layer in self.mixture_layers()]
+
     def site_std(self, family: str) -> float:
         """Return the standard deviation at start of the matrices of a family.
 
-        The residual scaling of GPT-2 is for dense projections; TTM GPT-2 applies none to its
-        cores, so a tensorized projection starts with `init_std`.
+        The residual scaling of GPT-2 is for dense projections and for those of experts, whatever
+        they are made of; TTM GPT-2 applies none to its cores, so another tensorized projection
+        starts with `init_std`.
+
+        Args:
+            family: a family of `all_sites`.
         """
-        residual = family in ("attention_out", "c_proj")
-        dense = getattr(self.sites, family).kind == "dense"
-        if residual and dense and self.residual_init_scaling:
+        residual = family == "expert_c_proj" or (
+            family in ("attention_out", "c_proj") and getattr(self.sites, family).kind == "dense"
+        )
+        if residual and self.residual_init_scaling:
             return self.init_std / float((2 * self.num_layers) ** 0.5)
         return self.init_std
 
@@ -137,9 +108,15 @@ class GPT2Config:
         """Return the logical module names of all matrices of a family."""
         if family == "embedding":
             return ["token_embedding"]
+        mixtures = set(self.mixture_layers())
+        layers = [
+            layer
+            for layer in range(self.num_layers)
+            if family not in FEED_FORWARD or layer not in mixtures
+        ]
         owner = "attention" if family in ("qkv", "attention_out") else "ffn"
         leaf = "out" if family == "attention_out" else family
-        return [f"blocks.{layer}.{owner}.{leaf}" for layer in range(self.num_layers)]
+        return [f"blocks.{layer}.{owner}.{leaf}" for layer in layers]
 
     def all_sites(self) -> list[Site]:
         """Return every weight matrix, in the order of the forward pass within a family.
@@ -154,6 +131,27 @@ class GPT2Config:
             bias = choice.bias and family != "embedding"
             for name in self.sites_of_family(family):
                 result.append(Site(name, family, in_features, out_features, choice, spec, bias))
+        return result if self.moe is None else result + self._mixture_sites(self.moe)
+
+    def _mixture_sites(self, moe: MoEConfig) -> list[Site]:
+        bias = moe.router.bias
+        result = [
+            Site(
+                f"{mixture}.router", "router", self.hidden_size, moe.num_experts,
+                DenseSite(bias=bias), None, bias,
+            )
+            for mixture in self.mixtures()
+        ]  # fmt: skip
+        for leaf in FEED_FORWARD:
+            shape, choice = self.site_shapes()[leaf], getattr(moe, leaf)
+            spec = choice.spec(*shape)
+            for mixture in self.mixtures():
+                result.append(
+                    Site(
+                        f"{mixture}.{leaf}", f"expert_{leaf}", *shape, choice, spec, choice.bias,
+                        moe.num_experts, moe.router.top_k,
+                    )
+                )  # fmt: skip
         return result
 
     def parameters(self) -> Iterator[ParameterInfo]:
@@ -161,24 +159,51 @@ class GPT2Config:
         hidden = self.hidden_size
         yield ParameterInfo("position_embedding", (self.context_length, hidden), "dense", None)
         for site in self.all_sites():
-            yield from _site_parameters(site)
+            yield from site_parameters(site)
         norms = [f"blocks.{n}.norm_{k}" for n in range(self.num_layers) for k in (1, 2)]
         for norm in [*norms, "final_norm"]:
             yield ParameterInfo(f"{norm}.weight", (hidden,), "dense", None)
             yield ParameterInfo(f"{norm}.bias", (hidden,), "dense", None)
 
+    def buffers(self) -> Iterator[ParameterInfo]:
+        """Yield every persistent buffer: state that training changes without a gradient."""
+        if self.moe is not None and self.moe.router.balance_rate > 0:
+            for mixture in self.mixtures():
+                router, shape = f"{mixture}.router", (self.moe.num_experts,)
+                yield ParameterInfo(f"{router}.balance", shape, "buffer", router)
+
+    def has_central_tensors(self) -> bool:
+        """Return whether any matrix is a matrix product operator."""
+        chosen = [getattr(self.sites, family) for family in SITE_NAMES]
+        if self.moe is not None:
+            chosen += [self.moe.c_fc, self.moe.c_proj]
+        return any(choice.kind != "dense" for choice in chosen)
+
     def num_parameters(self) -> int:
         """Return the number of trainable parameters (tied weights counted once)."""
         return sum(parameter.size for parameter in self.parameters())
+
+    def active_parameters(self) -> int:
+        """Return the parameters that one token meets: of E experts the share of its top_k."""
+        if self.moe is None:
+            return self.num_parameters()
+        experts, top_k = self.moe.num_experts, self.moe.router.top_k
+        return sum(
+            parameter.size * top_k // experts if parameter.num_experts else parameter.size
+            for parameter in self.parameters()
+        )
 
     def flops_per_token(self, sequence_length: int) -> int:
         """Return dense-equivalent FLOPs of forward and backward for one token.
 
         6 FLOPs for every weight of the matrices that multiply the token (output layer included,
-        embedding look-up not) plus 6 H T x layers for causal attention scores and values.
-        This is the model's work whatever the contraction plan; used for MFU.
+        embedding look-up not; of experts those that the token goes to) plus 6 H T x layers for
+        causal attention scores and values. This is the model's work whatever the contraction
+        plan; used for MFU.
         """
-        matrices = sum(site.in_features * site.out_features for site in self.all_sites())
+        matrices = sum(
+            site.in_features * site.out_features * site.top_k for site in self.all_sites()
+        )
         return 6 * matrices + 6 * self.num_layers * self.hidden_size * sequence_length
 
     def problems(self, where: str) -> list[str]:
@@ -187,6 +212,30 @@ class GPT2Config:
         Args:
             where: dotted key of this section, at the head of every line.
         """
+        found = self._size_problems(where)
+        if found:
+            return found
+        if self.hidden_size % self.num_heads:
+            found.append(
+                f"{where}.num_heads: {self.num_heads} heads do not divide "
+                f"hidden_size {self.hidden_size}"
+            )
+        if self.moe is not None:
+            found += self.moe.problems(
+                f"{where}.moe", self.hidden_size, self.ffn_size, self.num_layers
+            )
+        replaced = self.moe is not None and self.moe.every == 1
+        for family, shape in self.site_shapes().items():
+            choice = getattr(self.sites, family)
+            if replaced and family in FEED_FORWARD and choice != DenseSite():
+                found.append(
+                    f"{where}.sites.{family}: has no effect, every block has a mixture of experts "
+                    f"instead; leave it out and describe the experts in {where}.moe.{family}"
+                )
+            found += site_problems(choice, shape, f"{where}.sites.{family}")
+        return found
+
+    def _size_problems(self, where: str) -> list[str]:
         found = []
         for name in (
             "vocab_size",
@@ -203,32 +252,7 @@ class GPT2Config:
                 found.append(f"{where}.{name}: must be in [0, 1), is {getattr(self, name)}")
         if self.init_std <= 0:
             found.append(f"{where}.init_std: must be positive, is {self.init_std}")
-        if found:
-            return found
-        if self.hidden_size % self.num_heads:
-            found.append(
-                f"{where}.num_heads: {self.num_heads} heads do not divide "
-                f"hidden_size {self.hidden_size}"
-            )
-        for family, shape in self.site_shapes().items():
-            choice = getattr(self.sites, family)
-            found += site_problems(choice, shape, f"{where}.sites.{family}")
         return found
-
-
-def _site_parameters(site: Site) -> Iterator[ParameterInfo]:
-    if site.spec is None:
-        # nn.Embedding and nn.Linear both keep (rows of the look-up | outputs) first.
-        shape = (site.in_features, site.out_features)
-        if site.family != "embedding":
-            shape = (site.out_features, site.in_features)
-        yield ParameterInfo(f"{site.name}.weight", shape, "dense", site.name)
-    else:
-        for k, core_shape in enumerate(site.spec.core_shapes):
-            role = "central" if k == site.spec.central_index else "auxiliary"
-            yield ParameterInfo(f"{site.name}.cores.{k}", core_shape, role, site.name)
-    if site.bias:
-        yield ParameterInfo(f"{site.name}.bias", (site.out_features,), "dense", site.name)
 
 
 ModelConfig = GPT2Config

@@ -14,6 +14,9 @@ class ParallelConfig:
 
     data: int | None = None
     """Expected number of data-parallel ranks; absent = whatever was started, if it divides."""
+    expert: int = 1
+    """Ranks over which the experts of a mixture are spread; divides the world and the experts.
+    1 = every rank holds all experts and no token travels."""
 
     def problems(self, where: str) -> list[str]:
         """Return everything wrong with the degrees themselves, one line each.
@@ -21,9 +24,12 @@ class ParallelConfig:
         Args:
             where: dotted key of this section.
         """
+        found = []
         if self.data is not None and self.data < 1:
-            return [f"{where}.data: {self.data} ranks; give at least 1, or leave it out"]
-        return []
+            found.append(f"{where}.data: {self.data} ranks; give at least 1, or leave it out")
+        if self.expert < 1:
+            found.append(f"{where}.expert: {self.expert} ranks; give at least 1")
+        return found
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,13 @@ def batch_problems(
         found.append(
             f"parallel.data: {expected} ranks are expected, but the world has {world_size}; start "
             f"{expected} processes, or change parallel.data to {world_size}"
+        )
+    experts = 1 if parallel is None else parallel.expert
+    if experts > 1 and world_size % experts:
+        choices = _divisors_near(world_size, experts)
+        found.append(
+            f"parallel.expert: {experts} ranks do not divide the world of {world_size}; nearest "
+            f"possible: {_either(choices)}"
         )
     return found + _division_problems(global_batch_size, micro_batch_size, world_size)
 

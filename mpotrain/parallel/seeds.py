@@ -32,3 +32,26 @@ def _mix(value: int) -> int:
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)
+
+
+_MASK_DOMAIN = 0x63656E7472616C00
+"""Keeps the draws of masks apart from the seeds of micro-batches."""
+
+
+def mask_seed(seed: int, step: int, key: int) -> int:
+    """Return the seed of a mask: a function of (seed, step, key) like `microbatch_seed`.
+
+    Args:
+        seed: seed of the run.
+        step: optimizer step.
+        key: what is masked, e.g. a digest of a tensor's name.
+
+    Returns:
+        An integer in [0, 2**63), spread evenly.
+    """
+    return microbatch_seed(seed ^ _MASK_DOMAIN, step, key)
+
+
+def mask_uniform(seed: int, step: int, key: int) -> float:
+    """Return a number in [0, 1) for (seed, step, key), the same on every rank."""
+    return (mask_seed(seed, step, key) >> 10) / float(1 << 53)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from mpotrain.engine.config import CentralMaskConfig
 from mpotrain.schema import config
 
 
@@ -223,6 +224,8 @@ class TrainConfig:
     """Clip the global gradient norm to this value; 0: no clipping."""
     optimizer: AdamWConfig = AdamWConfig()
     """Optimizer."""
+    central_mask: CentralMaskConfig = CentralMaskConfig()
+    """Random rest of central tensors; probability 0 = every update counts."""
     schedule: ScheduleConfig
     """Learning rate as a function of the step."""
     anomaly: AnomalyConfig = AnomalyConfig()
@@ -272,6 +275,7 @@ class TrainConfig:
                 f"{where}.time_limit_minutes: must be positive, is {limit} (leave out for none)"
             )
         found += self.optimizer.problems(f"{where}.optimizer")
+        found += self.central_mask.problems(f"{where}.central_mask")
         # A wrong number of steps is one mistake, not one more for everything that ends with them.
         total_steps = self.steps if self.steps > 0 else sys.maxsize
         found += self.schedule.problems(f"{where}.schedule", total_steps)

@@ -20,6 +20,7 @@ from mpotrain.train.config import TrainConfig
 from mpotrain.train.metrics import MetricsWriter, Rate, Throughput, peak_memory
 from mpotrain.train.profiler import StepProfiler
 from mpotrain.train.progress import Progress, StepReport
+from mpotrain.train.router_metrics import load_histograms, router_metrics
 from mpotrain.train.schedule import learning_rate
 from mpotrain.train.signals import StopReason, StopRequest
 from mpotrain.train.state import Outcome, RunState
@@ -42,6 +43,8 @@ class LoopParts:
         evaluate: held-out loss as metrics (collective), None where there is nothing to evaluate.
         spectra: norms and entropies of the cores as metrics (collective).
         bytes_per_token: of the training text, None where unknown.
+        mixtures: names of the mixtures of experts, in the order of the rows of
+            `StepResult.statistics`; their routers are reported where there are any.
     """
 
     engine: Engine
@@ -56,6 +59,7 @@ class LoopParts:
     evaluate: Callable[[], Mapping[str, Any]] | None
     spectra: Callable[[], Mapping[str, Any]]
     bytes_per_token: float | None
+    mixtures: Sequence[str] = ()
 
 
 class TrainingLoop:
@@ -159,7 +163,14 @@ class TrainingLoop:
             )
             values = _metrics(report, result, state, parts.guard) | _measured(rate)
             parts.metrics.write(state.step, values)
+            self._report_routers(state.step, result)
         parts.progress.update(report)
+
+    def _report_routers(self, step: int, result: StepResult) -> None:
+        names, sums, metrics = self._parts.mixtures, result.statistics, self._parts.metrics
+        if names and sums:
+            loads = load_histograms(sums, names)
+            metrics.write(step, router_metrics(sums, names), kind="router", histograms=loads)
 
     def _save(self, state: RunState) -> None:
         if self._saved_step == state.step:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -77,14 +77,23 @@ class MetricsWriter:
         """Lines of the journal that were dropped because the run does their steps again."""
         return 0 if self._journal is None else self._journal.num_dropped
 
-    def write(self, step: int, values: Mapping[str, Any], *, kind: str = "train") -> None:
+    def write(
+        self,
+        step: int,
+        values: Mapping[str, Any],
+        *,
+        kind: str = "train",
+        histograms: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
         """Write one line, and its numbers as TensorBoard scalars `kind/key`.
 
         Args:
             step: number of steps done.
             values: JSON values by name; a nested mapping gives the scalars `kind/key/inner key`.
                 Lists and strings stand in the journal alone. None is left out.
-            kind: what the line is about: "train", "eval", "spectra", "event".
+            kind: what the line is about: "train", "eval", "spectra", "router", "event".
+            histograms: counts of the bins 0, 1, 2, ... by name, for TensorBoard alone, as
+                `kind/name`; bin n is drawn around n.
 
         Raises:
             StorageError: the disk is full. Earlier lines are whole.
@@ -100,6 +109,8 @@ class MetricsWriter:
             with _storage_errors(self._journal.path.parent / TENSORBOARD_FOLDER):
                 for tag, number in _scalars(present, kind):
                     self._board.add_scalar(tag, number, step)
+                for name, counts in (histograms or {}).items():
+                    _add_histogram(self._board, f"{kind}/{name}", counts, step)
 
     def flush(self) -> None:
         """Bring everything to the disk; to be called before a checkpoint is published.
@@ -257,6 +268,24 @@ def peak_memory(device: torch.device) -> int:
 
 def _added(sums: tuple[int, int, float], num_tokens: int, seconds: float) -> tuple[int, int, float]:
     return sums[0] + 1, sums[1] + num_tokens, sums[2] + seconds
+
+
+def _add_histogram(board: SummaryWriter, tag: str, counts: Sequence[float], step: int) -> None:
+    """Write counts of the whole numbers 0, 1, 2, ...; TensorBoard would choose other bins."""
+    moments = [sum(n**power * count for n, count in enumerate(counts)) for power in (0, 1, 2)]
+    # TensorBoard drops empty bins at both ends and takes min and max for the edges of what is left.
+    filled = [n for n, count in enumerate(counts) if count] or [0]
+    board.add_histogram_raw(
+        tag,
+        min=filled[0] - 0.5,
+        max=filled[-1] + 0.5,
+        num=int(moments[0]),
+        sum=moments[1],
+        sum_squares=moments[2],
+        bucket_limits=[n + 0.5 for n in range(len(counts))],
+        bucket_counts=list(counts),
+        global_step=step,
+    )
 
 
 def _scalars(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:

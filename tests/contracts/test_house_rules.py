@@ -18,7 +18,11 @@ EVERYTHING = [
 TORCH_FREE = (
     "mpotrain.cli",
     "mpotrain.config",
-    "mpotrain.report",
+    "mpotrain.report.sites",
+    "mpotrain.report.text",
+    "mpotrain.engine.expert_traffic",
+    "mpotrain.models.sites",
+    "mpotrain.tensor.expert_plan",
     "mpotrain.layered_toml",
     "mpotrain.schema",
     "mpotrain.errors",

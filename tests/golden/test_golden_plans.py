@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from mpotrain.config import load_config
-from mpotrain.report import render, weigh
+from mpotrain.report.text import render
+from mpotrain.report.weigh import weigh
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = sorted((ROOT / "configs" / "runs").glob("*.toml"))

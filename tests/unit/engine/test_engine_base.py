@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from mpotrain.engine.base import EvalResult, skip_reason
-from mpotrain.engine.deepspeed_modules import StepGate
 from mpotrain.engine.deepspeed_start import extensions_folder, stale_locks, start_deepspeed
 from mpotrain.engine.gradients import (
     ROLES,
@@ -111,22 +110,6 @@ def test_learning_rate_of_each_group() -> None:
     optimizer = torch.optim.AdamW(groups, lr=5.0)
     set_learning_rate(optimizer, 0.4)
     assert [group["lr"] for group in optimizer.param_groups] == [0.4, 0.1]
-
-
-def test_gate_stops_exactly_the_update() -> None:
-    parameter = nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.AdamW([parameter], lr=0.1)
-    gate = StepGate(optimizer)
-    parameter.grad = torch.ones(2)
-    with gate.passing(False):
-        optimizer.step()
-    assert parameter.tolist() == [1.0, 1.0]
-    assert not optimizer.state
-    with gate.passing(True):
-        optimizer.step()
-    assert parameter.tolist() != [1.0, 1.0]
-    gate.remove()
-    assert "step" not in vars(optimizer)
 
 
 def test_fresh_adam_state_is_what_adamw_builds() -> None:

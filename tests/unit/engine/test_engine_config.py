@@ -69,7 +69,6 @@ def json_of(config: DeepSpeedConfig, **changes: Any) -> dict[str, Any]:
         "global_batch_size": 64,
         "micro_batch_size": 4,
         "accumulation": 2,
-        "clip_norm": 0.5,
         "on_cuda": False,
     }
     return deepspeed_json(config, **(arguments | changes))
@@ -80,14 +79,13 @@ def test_json_leaves_no_default_that_matters_to_deepspeed() -> None:
     assert document["train_batch_size"] == 64
     assert document["train_micro_batch_size_per_gpu"] == 4
     assert document["gradient_accumulation_steps"] == 2
-    assert document["gradient_clipping"] == 0.5
+    # Absent, the clipping would be 1.0; the engine clips by itself.
+    assert document["gradient_clipping"] == 0.0
     assert document["communication_data_type"] == "fp32"
     assert document["data_types"]["grad_accum_dtype"] == "fp32"
     assert document["zero_allow_untested_optimizer"] is True
     assert "optimizer" not in document
     assert "scheduler" not in document
-    # Absent, the clipping would be 1.0.
-    assert json_of(DeepSpeedConfig(), clip_norm=None)["gradient_clipping"] == 0.0
 
 
 def test_json_follows_the_section() -> None:

@@ -9,7 +9,8 @@ import pytest
 from mpotrain.config import load_config
 from mpotrain.engine.config import DeepSpeedConfig, LocalConfig
 from mpotrain.engine.memory import state_memory, step_traffic
-from mpotrain.report import human_bytes, render, weigh
+from mpotrain.report.text import human_bytes, render
+from mpotrain.report.weigh import weigh
 
 RUNS = Path(__file__).resolve().parents[3] / "configs" / "runs"
 
@@ -103,8 +104,8 @@ def test_kept_and_transient_matrices_are_counted() -> None:
     plain = weigh(load_config(path))
     kept = weigh(load_config(path, ["model.sites.c_fc.keep_weight=true"]))
     matrix = 4 * 768 * 3072
-    assert kept.kept_weights == 12 * matrix
-    assert plain.kept_weights == 0
+    assert kept.kept_by_plans == 12 * matrix
+    assert plain.kept_by_plans == 0
     assert plain.transient >= matrix
     assert plain.memory_per_rank == (plain.state.total + plain.activations.total + plain.transient)
 

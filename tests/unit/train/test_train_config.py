@@ -8,6 +8,7 @@ import sys
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from mpotrain.engine.config import CentralMaskConfig
 from mpotrain.schema import to_dict
 from mpotrain.train.config import (
     AdamWConfig,
@@ -57,6 +58,14 @@ def test_kind_chooses_the_schedule(entry: dict[str, object], expected: object) -
     assert parse(schedule=entry).schedule == expected
 
 
+def test_central_mask_is_off_unless_asked_for() -> None:
+    assert GOOD.central_mask == CentralMaskConfig(probability=0.0, granularity="step")
+    asked = parse(central_mask={"probability": 0.3, "granularity": "element"}).central_mask
+    assert (asked.probability, asked.granularity) == (0.3, "element")
+    with pytest.raises(ValidationError):
+        parse(central_mask={"probability": 0.3, "granularity": "row"})
+
+
 @pytest.mark.parametrize(
     "entry",
     [
@@ -89,6 +98,8 @@ MISTAKES = [
     ({"optimizer": AdamWConfig(weight_decay=-0.1)}, "t.optimizer.weight_decay:"),
     ({"optimizer": AdamWConfig(core_weight_decay=-0.1)}, "t.optimizer.core_weight_decay:"),
     ({"optimizer": AdamWConfig(core_lr_factor=0.0)}, "t.optimizer.core_lr_factor:"),
+    ({"central_mask": CentralMaskConfig(probability=1.5)}, "t.central_mask.probability:"),
+    ({"central_mask": CentralMaskConfig(probability=-0.1)}, "t.central_mask.probability:"),
     ({"schedule": ConstantConfig(lr=0.0)}, "t.schedule.lr:"),
     (
         {"schedule": CosineConfig(lr=1.0, warmup_steps=101)},
@@ -122,6 +133,7 @@ def test_limits_themselves_are_allowed() -> None:
     edge = dataclasses.replace(
         GOOD,
         seed=2**31 - 1,
+        central_mask=CentralMaskConfig(probability=1.0),
         schedule=WSDConfig(lr=1.0, warmup_steps=50, decay_steps=50, min_lr_ratio=1.0),
         profile=ProfileConfig(start_step=97, num_steps=3),
         anomaly=AnomalyConfig(window=4, max_skips=1),

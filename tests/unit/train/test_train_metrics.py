@@ -44,6 +44,28 @@ def test_lines_and_scalars_are_the_same_numbers(tmp_path: Path) -> None:
     writer.close()
 
 
+def test_histograms_keep_one_bin_for_each_number(tmp_path: Path) -> None:
+    """Bin n is drawn around n, also where the first and last bins are empty."""
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    writer = MetricsWriter(tmp_path, is_main=True, tensorboard=True)
+    loads = {"a/load": [0.0, 5.0, 0.0, 2.0, 0.0], "empty": [0.0, 0.0]}
+    writer.write(3, {"x": 1.0}, kind="router", histograms=loads)
+    writer.close()
+    reader = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    reader.Reload()
+    (event,) = reader.Histograms("router/a/load")
+    histogram = event.histogram_value
+    assert (event.step, histogram.num, histogram.sum, histogram.sum_squares) == (3, 7, 11, 23)
+    assert (histogram.min, histogram.max) == (0.5, 3.5)
+    assert histogram.bucket_limit == [0.5, 1.5, 2.5, 3.5, 4.5]
+    assert histogram.bucket == [0.0, 5.0, 0.0, 2.0, 0.0]
+    assert reader.Histograms("router/empty")[0].histogram_value.num == 0
+    (line,) = read_metrics(tmp_path)
+    assert line.keys() == {"step", "kind", "time", "x"}
+
+
 def test_resume_has_every_step_once_in_both(tmp_path: Path) -> None:
     first = MetricsWriter(tmp_path, is_main=True, tensorboard=True)
     for step in range(1, 9):

@@ -1,0 +1,1 @@
+"""Trained models taken over into new runs: other formats, other architectures."""

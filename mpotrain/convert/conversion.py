@@ -1,0 +1,200 @@
+"""`mpotrain convert`: a trained model becomes the step 0 of a run, or nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mpotrain.assemble import build_model, open_data
+from mpotrain.checkpoint.config import CheckpointConfig
+from mpotrain.checkpoint.store import CheckpointStore
+from mpotrain.config import RunConfig
+from mpotrain.convert.checks import Target, conversion_problems
+from mpotrain.convert.hub import CONFIG_FILE, HUB_MARK, download, hub_source
+from mpotrain.convert.source import Source, run_source, tokenizer_problem
+from mpotrain.convert.upcycle import SiteError, fill
+from mpotrain.data.dataset import BlendedDataset
+from mpotrain.engine.base import WEIGHT, StateTensor
+from mpotrain.engine.state import host_copy
+from mpotrain.engine.statistics import export_buffers
+from mpotrain.errors import ConfigError
+from mpotrain.nn.roles import role_of
+from mpotrain.pretrain import CHECKPOINTS, position_of
+from mpotrain.run_record import record_start
+from mpotrain.train.anomaly import AnomalyGuard
+from mpotrain.train.state import RunState
+from mpotrain.trained import SINGLE
+
+TOLERANCE = 1e-5
+"""Largest difference of scores over the largest score that passes for rounding (fp32)."""
+PROBE_SEQUENCES, PROBE_LENGTH = 2, 128
+"""Size of the batch on which both models are compared."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did.
+
+    Attributes:
+        origin: the model that was taken over.
+        path: folder of the checkpoint that was written.
+        num_parameters: of the new model.
+        source_parameters: of the model that was taken over.
+        errors: what each decomposed matrix has lost.
+        difference: largest difference of scores over the largest score.
+        probe: size of the batch (sequences, tokens) on which the scores were compared.
+    """
+
+    origin: str
+    path: Path
+    num_parameters: int
+    source_parameters: int
+    errors: list[SiteError]
+    difference: float
+    probe: tuple[int, int]
+
+    def describe(self) -> str:
+        """Return the result as text."""
+        lines = [
+            f"{self.origin}: {self.source_parameters:,} parameters",
+            *map(_error_line, self.errors),
+            f"scores differ by {self.difference:.1e} of the largest, on {self.probe[0]} sequences "
+            f"of {self.probe[1]} tokens",
+            f"{self.path}: step 0 with {self.num_parameters:,} parameters; train, eval and "
+            "generate go on from here",
+        ]
+        return "\n".join(lines)
+
+
+def convert(
+    source: str,
+    step: int | None,
+    run: RunConfig,
+    target: Target,
+    *,
+    tolerance: float = TOLERANCE,
+    allow_truncation: bool = False,
+) -> Conversion:
+    """Write a trained model as step 0 into the folder of a run.
+
+    Args:
+        source: a run folder or checkpoint, a folder of a Hugging Face GPT-2, or `hf:NAME`.
+        step: step of a run's checkpoint; None for the newest.
+        run: the run that takes the model over.
+        target: what it is converted to.
+        tolerance: largest difference of scores over the largest score.
+        allow_truncation: write even if truncated bonds make the difference larger.
+
+    Returns:
+        What was done.
+
+    Raises:
+        MpotrainError: the model cannot be read, does not fit the run, or would compute something
+            else; nothing is written then.
+    """
+    given = open_source(source, step)
+    problems = conversion_problems(given, run, target)
+    if problems:
+        raise ConfigError(problems)
+    dataset = open_data(run, "train")
+    if (problem := tokenizer_problem(given, dataset)) is not None:
+        raise ConfigError([problem])
+    model = build_model(run.model, seed=run.train.seed, dtype="fp32").eval()
+    errors = fill(model, given, run.model)
+    tokens = probe_tokens(dataset)
+    difference = score_difference(given, model, tokens)
+    _require_equal(difference, tolerance, errors, allow_truncation)
+    return Conversion(
+        origin=given.origin,
+        path=_write(run, model, dataset, given.origin),
+        num_parameters=run.model.num_parameters(),
+        source_parameters=given.config.num_parameters(),
+        errors=errors,
+        difference=difference,
+        probe=(tokens.shape[0], tokens.shape[1]),
+    )
+
+
+def open_source(source: str, step: int | None) -> Source:
+    """Read the model that a command line names; see `convert`."""
+    is_hub = source.startswith(HUB_MARK)
+    folder = Path(source)
+    if not is_hub and not (folder / CONFIG_FILE).is_file():
+        return run_source(folder, step)
+    if step is not None:
+        raise ConfigError(
+            [f"command line: --step {step}: {source} is no run of ours, it has no steps"]
+        )
+    folder = download(source.removeprefix(HUB_MARK)) if is_hub else folder
+    return hub_source(folder, source)
+
+
+def probe_tokens(dataset: BlendedDataset) -> Tensor:
+    """Return the first sequences of the data as they stand there, cut short: (B, T)."""
+    count = min(PROBE_SEQUENCES, dataset.num_samples)
+    rows = [torch.from_numpy(dataset.fixed(index)[:-1]) for index in range(count)]
+    return torch.stack(rows)[:, :PROBE_LENGTH]
+
+
+def score_difference(source: Source, model: nn.Module, tokens: Tensor) -> float:
+    """Return the largest difference of the scores of two models over the largest score, fp32."""
+    expected = source.logits(tokens)
+    with torch.no_grad():
+        scores: Tensor = model.logits(model.hidden(tokens))  # type: ignore[operator]
+    return float((scores - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def _require_equal(
+    difference: float, tolerance: float, errors: list[SiteError], allow_truncation: bool
+) -> None:
+    if difference <= tolerance:
+        return
+    truncated = [error for error in errors if error.truncated]
+    if truncated and allow_truncation:
+        return
+    text = f"scores differ by {difference:.1e} of the largest, more than --tolerance {tolerance:g}"
+    if not truncated:
+        raise ConfigError(
+            [f"command line: {text}, although no bond is truncated; nothing is written"]
+        )
+    lines = [
+        f"command line: {text}, because bonds are truncated; leave bonds and caps out for an exact "
+        "copy, or accept the loss with --allow-truncation. Nothing is written",
+        *map(_error_line, truncated),
+    ]
+    raise ConfigError(["\n".join(lines)])
+
+
+def _write(run: RunConfig, model: nn.Module, dataset: BlendedDataset, origin: str) -> Path:
+    """Write the run folder; the checkpoint, without which it counts for nothing, comes last."""
+    store = CheckpointStore(Path(run.folder) / CHECKPOINTS, CheckpointConfig(), SINGLE)
+    position = position_of(
+        run,
+        dataset,
+        RunState(),
+        {"anomaly": AnomalyGuard(run.train.anomaly).state_dict(), "counters": {}},
+        {"kind": "convert", "source": origin},
+    )
+    try:
+        store.claim()
+        record_start(run, SINGLE, 0, dataset.tokenizer_path)
+        return store.save(position, _state(model))
+    finally:
+        store.close()
+
+
+def _state(model: nn.Module) -> Iterator[StateTensor]:
+    for name, parameter in model.named_parameters():
+        weight = {WEIGHT: host_copy(parameter)}
+        yield StateTensor(name, role_of(parameter), tuple(parameter.shape), weight)
+    yield from export_buffers(model, SINGLE)
+
+
+def _error_line(error: SiteError) -> str:
+    bonds = ", ".join(map(str, error.bonds))
+    word = "truncation error" if error.truncated else "exact, rounding"
+    return f"  {error.name}: bonds {bonds}; {word} {error.error:.1e}"

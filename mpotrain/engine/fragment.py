@@ -1,0 +1,28 @@
+"""The part of a parameter whose master weights one rank updates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Part of a parameter whose master weights this rank updates.
+
+    Attributes:
+        start: first element, counted in the whole flattened parameter (all experts of it).
+        numel: number of elements, padding left out.
+        flat: vector that the optimizer updates; holds this fragment and others.
+        flat_start: first element of the fragment in `flat`.
+    """
+
+    start: int
+    numel: int
+    flat: Tensor
+    flat_start: int
+
+    def of(self, vector: Tensor) -> Tensor:
+        """Return the fragment's view (n,) into a vector laid out like `flat`."""
+        return vector.detach().reshape(-1).narrow(0, self.flat_start, self.numel)

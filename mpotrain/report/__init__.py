@@ -1,0 +1,1 @@
+"""What `mpotrain plan` prints: a run weighed before any process starts."""

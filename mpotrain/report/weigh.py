@@ -1,0 +1,200 @@
+"""A run weighed before any process starts (no torch, no GPU)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mpotrain.config import RunConfig
+from mpotrain.data.manifest import MANIFEST_NAME, read_manifest
+from mpotrain.engine.memory import StateMemory, StepTraffic, state_memory, step_traffic
+from mpotrain.errors import MpotrainError
+from mpotrain.models.activations import ActivationMemory, activation_memory
+from mpotrain.parallel.plan import batch_layout
+from mpotrain.report.mixtures import MixtureReport, expert_sizes, mixture_report
+from mpotrain.report.sites import SiteReport, site_reports
+from mpotrain.tensor.device import BYTES, PROFILES
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """A run weighed without running it.
+
+    Attributes:
+        name: of the run.
+        world_size: ranks it was weighed for.
+        device: profile of the cost model.
+        num_parameters: trainable parameters, tied weights once.
+        dense_num_parameters: of the same model with every site dense.
+        by_role: parameters by role.
+        by_part: parameters by family of sites, biases, norms and positions.
+        sites: the families of weight matrices.
+        tokens_per_step: of the whole global batch.
+        accumulation: micro-batches that each rank accumulates.
+        model_flops_per_token: dense-equivalent, forward and backward (for MFU).
+        executed_flops_per_step: what the plans execute, attention included.
+        state: bytes of weights, masters, gradients and moments of a rank.
+        activations: bytes of a micro-batch.
+        kept_by_plans: bytes that contraction plans keep for the backward pass.
+        transient: peak of short-lived bytes of a tensorized site.
+        traffic: bytes a rank sends in a step.
+        checkpoint_bytes: size of one checkpoint.
+        mixtures: of experts; None without any.
+        problems: why the run cannot start; empty when it can.
+        notes: what could not be checked.
+    """
+
+    name: str
+    world_size: int
+    device: str
+    num_parameters: int
+    dense_num_parameters: int
+    by_role: dict[str, int]
+    by_part: dict[str, int]
+    sites: list[SiteReport]
+    tokens_per_step: int
+    accumulation: int
+    model_flops_per_token: int
+    executed_flops_per_step: float
+    state: StateMemory
+    activations: ActivationMemory
+    kept_by_plans: int
+    transient: int
+    traffic: StepTraffic
+    checkpoint_bytes: int
+    mixtures: MixtureReport | None = None
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def memory_per_rank(self) -> int:
+        """Bytes of one rank's device at the highest point: all of the above together."""
+        return self.state.total + self.activations.total + self.kept_by_plans + self.transient
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain data, totals included."""
+        data = asdict(self)
+        for key in ("state", "activations", "traffic"):
+            data[key]["total"] = getattr(self, key).total
+        for layout, plain in zip(
+            self.mixtures.layouts if self.mixtures else [],
+            data["mixtures"]["layouts"] if self.mixtures else [],
+            strict=True,
+        ):
+            plain["total"] = layout.total
+        data["memory_per_rank"] = self.memory_per_rank
+        data["compression"] = self.dense_num_parameters / self.num_parameters
+        return data
+
+
+def weigh(run: RunConfig, world_size: int = 1, device: str | None = None) -> PlanReport:
+    """Weigh a run.
+
+    Args:
+        run: a validated run.
+        world_size: number of ranks.
+        device: name of a device profile (`mpotrain.tensor.plan.PROFILES`); by default `cpu`
+            where the run asks for it, else `h200`.
+
+    Returns:
+        Sizes, plans, FLOPs, memory, traffic and problems.
+    """
+    model, train = run.model, run.train
+    device = _profile(run, device)
+    data_problems, notes = _data_problems(run)
+    accumulation = _accumulation(run, world_size)
+    sizes = [parameter.size for parameter in model.parameters()]
+    tokens = train.micro_batch_size * run.data.sequence_length
+    sites = site_reports(run, device)
+    num_tokens = train.global_batch_size * run.data.sequence_length
+    passes = 8 if model.activation_checkpointing else 6
+    attention = passes * model.num_layers * model.hidden_size * run.data.sequence_length
+    experts = expert_sizes(run, world_size)
+    buffers = sum(buffer.size for buffer in model.buffers())
+    return PlanReport(
+        name=run.name,
+        world_size=world_size,
+        device=device,
+        num_parameters=sum(sizes),
+        dense_num_parameters=sum(sizes)
+        + sum(site.dense_parameters - site.parameters for site in sites),
+        by_role=dict(_count((p.role, p.size) for p in model.parameters())),
+        by_part=_by_part(run),
+        sites=sites,
+        tokens_per_step=num_tokens,
+        accumulation=accumulation,
+        model_flops_per_token=model.flops_per_token(run.data.sequence_length),
+        executed_flops_per_step=sum(s.flops_per_step for s in sites) + attention * num_tokens,
+        state=state_memory(run.engine, sizes, world_size, experts),
+        activations=activation_memory(
+            model, tokens, run.data.sequence_length, BYTES[run.engine.dtype]
+        ),
+        kept_by_plans=sum(site.kept_bytes for site in sites),
+        transient=max(site.transient_bytes for site in sites),
+        traffic=step_traffic(run.engine, sizes, world_size, accumulation, experts),
+        checkpoint_bytes=12 * sum(sizes) + 4 * buffers,
+        mixtures=mixture_report(run, world_size, accumulation),
+        problems=run.problems(world_size) + data_problems,
+        notes=notes,
+    )
+
+
+def _profile(run: RunConfig, device: str | None) -> str:
+    device = device or ("cpu" if run.engine.device == "cpu" else "h200")
+    # In 16-bit runs cores are merged in TF32 on CUDA.
+    allows_tf32 = run.engine.dtype == "bf16" and f"{device}-tf32" in PROFILES
+    return f"{device}-tf32" if allows_tf32 else device
+
+
+def _accumulation(run: RunConfig, world_size: int) -> int:
+    train = run.train
+    try:
+        return batch_layout(
+            train.global_batch_size, train.micro_batch_size, world_size
+        ).accumulation
+    except MpotrainError:
+        return max(1, train.global_batch_size // (train.micro_batch_size * world_size))
+
+
+def _data_problems(run: RunConfig) -> tuple[list[str], list[str]]:
+    """Hold the manifests of prepared data against the model; what is not there is a note."""
+    problems, notes, digests = [], [], set()
+    for index, source in enumerate(run.data.sources):
+        where = f"data.sources[{index}].path"
+        if not (Path(source.path) / MANIFEST_NAME).is_file():
+            notes.append(f"{where}: {source.path} is not prepared here; the data were not checked")
+            continue
+        try:
+            manifest = read_manifest(source.path)
+        except MpotrainError as error:
+            problems.append(f"{where}: {error}")
+            continue
+        digests.add(manifest.tokenizer.digest)
+        if manifest.tokenizer.vocab_size > run.model.vocab_size:
+            problems.append(
+                f"model.vocab_size: {run.model.vocab_size} is smaller than the vocabulary of "
+                f"{source.path}, {manifest.tokenizer.vocab_size}"
+            )
+    if len(digests) > 1:
+        problems.append("data.sources: the folders were prepared with different tokenizers")
+    return problems, notes
+
+
+def _count(pairs: Any) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for key, size in pairs:
+        total[key] += size
+    return total
+
+
+def _by_part(run: RunConfig) -> dict[str, int]:
+    families = {site.name: site.family for site in run.model.all_sites()}
+
+    def part(name: str, site: str | None) -> str:
+        if site is None:
+            return "positions" if name == "position_embedding" else "norms"
+        return "biases" if name.endswith(".bias") else families[site]
+
+    return dict(_count((part(p.name, p.site), p.size) for p in run.model.parameters()))
