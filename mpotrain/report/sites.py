@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from mpotrain.config import RunConfig
 from mpotrain.models.sites import Site
 from mpotrain.nn.config import MPOSite, TTMSite, site_plan
-from mpotrain.nn.moe.config import AsymmetricExpertSite, MPOExpertSite
+from mpotrain.nn.moe.config import AsymmetricExpertSite, MPOExpertSite, expert_site_plan
 from mpotrain.tensor.cost import dense_cost
 from mpotrain.tensor.device import PROFILES
-from mpotrain.tensor.expert_plan import ExpertPlan, plan_experts
+from mpotrain.tensor.expert_plan import ExpertPlan
 from mpotrain.tensor.experts import num_expert_parameters
 from mpotrain.tensor.plan import ContractionPlan
 
@@ -157,14 +157,8 @@ def _plan(run: RunConfig, site: Site, device: str) -> ContractionPlan | ExpertPl
         return None
     if isinstance(choice, MPOExpertSite | AsymmetricExpertSite):
         rows = _tokens(run) * site.top_k
-        return plan_experts(
-            site.spec,
-            local_experts(run, site.num_experts),
-            rows,
-            dtype,
-            profile,
-            force=None if choice.plan == "auto" else choice.plan,
-        )
+        experts = local_experts(run, site.num_experts)
+        return expert_site_plan(choice, site.spec, experts, rows, dtype, profile)
     assert isinstance(choice, MPOSite | TTMSite)
     # Of a tied embedding the output layer is the one that costs: the transposed operator.
     spec = site.spec.transposed() if site.family == "embedding" else site.spec

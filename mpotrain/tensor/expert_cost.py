@@ -190,15 +190,13 @@ def _rebuild_operations(
 
 
 def _reorder_operations(load: ExpertLoad, phase: Phase, name: str, chunk: int) -> list[Operation]:
+    """Reorder and cast the matrices of all experts, or their gradients, chunk by chunk."""
     s = load.shape
-    standing = s.left_out == 1 and s.right_in == 1
-    if standing and load.dtype == load.merge_dtype:
+    stands = s.left_out == 1 and s.right_in == 1
+    if stands and load.dtype == load.merge_dtype:
         return []
     size = chunk * load.spec.dense_parameters
-    read, write = load.merge_dtype, load.dtype
-    if name.endswith("dW"):
-        read, write = write, read
-    one = copy(phase, name, size, read, write, load.profile)
+    one = copy(phase, name, size, load.dtype, load.merge_dtype, load.profile)
     return [_scaled(one, load.active / chunk)]
 
 

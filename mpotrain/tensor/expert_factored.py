@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mpotrain.tensor.expert_plan import ExpertPlan
-from mpotrain.tensor.expert_sides import Side, product_dtype
+from mpotrain.tensor.expert_sides import Side, product_dtype, reordered
 from mpotrain.tensor.grouped import (
     add_to_rows,
     rows_gradients,
@@ -52,7 +52,7 @@ class _Factors:
         # (E, d3, iR, jR) -> (E, iR d3, jR)
         right = right.view(experts, s.right_bond, s.right_in, s.right_out).transpose(1, 2)
         self.right = right.reshape(experts, s.right_in * s.right_bond, s.right_out).to(dtype)
-        self.central = _reordered(central.transpose(0, 1), dtype).view(
+        self.central = reordered(central.transpose(0, 1), dtype).view(
             s.central_in * s.left_bond, s.central_out * s.right_bond
         )
 
@@ -127,11 +127,6 @@ class _Factors:
         return self.sides[1].project(apart.transpose(1, 2).unsqueeze(-1), self.cores[1])
 
 
-def _reordered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a contiguous copy in `dtype`, in one pass over the memory."""
-    return torch.empty(tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)
-
-
 class FactoredLinear(torch.autograd.Function):
     """y = x L_e C R_e + b_e; keeps x, the cores and, where the plan says so, v."""
 
@@ -203,7 +198,7 @@ class FactoredLinear(torch.autograd.Function):
 def _central_gradient(gradient: Tensor, central: Tensor) -> Tensor:
     """Reorder the gradient of the (i3 d2, j3 d3) matrix to that of the central tensor."""
     d2, i3, j3, d3 = central.shape
-    return _reordered(gradient.view(i3, d2, j3, d3).transpose(0, 1), central.dtype)
+    return reordered(gradient.view(i3, d2, j3, d3).transpose(0, 1), central.dtype)
 
 
 factored_linear: Callable[..., Tensor] = FactoredLinear.apply

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mpotrain.tensor.expert_plan import ExpertPlan
-from mpotrain.tensor.expert_sides import Side, product_dtype
+from mpotrain.tensor.expert_sides import Side, product_dtype, reordered
 from mpotrain.tensor.experts import ExpertShape
 from mpotrain.tensor.grouped import (
     add_to_rows,
@@ -70,7 +70,7 @@ class _Rebuilder:
         self.sides = Side.left(plan.spec), Side.right(plan.spec)
         cut = plan.spec.central_index
         self.cores = auxiliaries[:cut], auxiliaries[cut:]
-        self.central = central.to(dtype)
+        self.central = reordered(central, dtype)
         s, experts = self.shape, len(auxiliaries[0])
         left, right = (
             side.merged(cores, dtype) for side, cores in zip(self.sides, self.cores, strict=True)
@@ -96,17 +96,20 @@ class _Rebuilder:
             product = torch.bmm(half, self.right[experts])
         else:
             product = torch.bmm(self.left[experts], half)
-        source = self._apart(product)
-        target = torch.empty(source.shape, dtype=dtype, device=source.device).copy_(source)
-        return target.view(len(half), s.left_in * s.central_in * s.right_in, -1)
+        interleaved = product.view(
+            -1, s.left_in, s.left_out, s.central_in, s.central_out, s.right_in, s.right_out
+        )
+        matrix = reordered(interleaved.permute(0, 1, 3, 5, 2, 4, 6), dtype)
+        return matrix.view(len(half), s.left_in * s.central_in * s.right_in, -1)
 
     def product_gradient(self, weight_gradient: Tensor) -> Tensor:
         """Reorder dW_e (c, I, J) to the gradient (c, modes) of the product of all cores."""
-        shape = (len(weight_gradient), weight_gradient[0].numel())
-        product = torch.empty(shape, dtype=self.left.dtype, device=weight_gradient.device)
-        target = self._apart(product)
-        target.copy_(weight_gradient.view(target.shape))
-        return product
+        s = self.shape
+        apart = weight_gradient.view(
+            -1, s.left_in, s.central_in, s.right_in, s.left_out, s.central_out, s.right_out
+        )
+        product = reordered(apart.permute(0, 1, 4, 2, 5, 3, 6), self.left.dtype)
+        return product.view(len(weight_gradient), -1)
 
     def project(
         self, gradient: Tensor, half: Tensor, experts: slice | list[int]
@@ -128,14 +131,6 @@ class _Rebuilder:
             d_right = torch.bmm(middle.mT, d_half)
             d_central = torch.bmm(d_half, right.mT).sum(0)
         return d_central.view(self.central.shape), d_left, d_right
-
-    def _apart(self, product: Tensor) -> Tensor:
-        """View the product of all cores as (c, iL, i3, iR, jL, j3, jR)."""
-        s = self.shape
-        interleaved = product.view(
-            -1, s.left_in, s.left_out, s.central_in, s.central_out, s.right_in, s.right_out
-        )
-        return interleaved.permute(0, 1, 3, 5, 2, 4, 6)
 
 
 class GroupedLinear(torch.autograd.Function):

@@ -33,6 +33,13 @@ def product_dtype(
     return dtype if precision == "compute" else merge_dtype(cores)
 
 
+def reordered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a contiguous tensor in `dtype`, in at most one pass over the memory."""
+    if tensor.dtype == dtype:
+        return tensor.contiguous()
+    return torch.empty(tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)
+
+
 @dataclass(frozen=True)
 class Side:
     """The cores first..last of every expert.

@@ -19,6 +19,9 @@ from torch.nn import functional
 _ALIGNMENT = 8
 """Rows of the grouped kernel's operands must begin at multiples of 16 bytes: 8 bf16 elements."""
 
+_LEAST_CAPABILITY = (8, 0)
+"""CUDA devices that have the grouped kernel."""
+
 
 def row_ranges(counts: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """Yield (expert, first row, end of rows) of every expert that has rows."""
@@ -147,13 +150,12 @@ def sum_of_rows(gradient: Tensor, counts: Sequence[int], dtype: torch.dtype) -> 
 
 
 def _fits_grouped_kernel(rows: Tensor, i: int, j: int) -> bool:
-    return (
-        rows.is_cuda
-        and rows.dtype == torch.bfloat16
-        and len(rows) > 0
-        and i % _ALIGNMENT == 0
-        and j % _ALIGNMENT == 0
-    )
+    """Return whether torch's grouped kernel takes products of rows with (i, j) matrices."""
+    if not rows.is_cuda or rows.dtype != torch.bfloat16 or not len(rows):
+        return False
+    if torch.cuda.get_device_capability(rows.device) < _LEAST_CAPABILITY:
+        return False
+    return i % _ALIGNMENT == 0 and j % _ALIGNMENT == 0
 
 
 def _ends(counts: Sequence[int], device: torch.device) -> Tensor:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from mpotrain.nn.linear import dtype_name, profile_name
-from mpotrain.nn.moe.config import ExpertSite
+from mpotrain.nn.moe.config import ExpertSite, expert_site_plan
 from mpotrain.nn.moe.expert_init import init_experts
 from mpotrain.nn.roles import Role, set_experts, set_role
 from mpotrain.tensor.expert_linear import expert_linear
-from mpotrain.tensor.expert_plan import ExpertPlan, plan_experts
+from mpotrain.tensor.expert_plan import ExpertPlan
 from mpotrain.tensor.grouped import grouped_matmul
 from mpotrain.tensor.plan import PROFILES
 from mpotrain.tensor.spec import MPOSpec
@@ -62,13 +62,13 @@ class MPOExperts(nn.Module):
 
     def plan(self, nominal_rows: int, dtype: torch.dtype, device: torch.device) -> ExpertPlan:
         """Return the plan of the local experts for `nominal_rows` rows of all together."""
-        return plan_experts(
+        return expert_site_plan(
+            self.site,
             self.spec,
             self.auxiliaries[0].shape[0],
-            max(nominal_rows, 1),
+            nominal_rows,
             dtype_name(dtype),
             PROFILES[profile_name(device, dtype)],
-            force=None if self.site.plan == "auto" else self.site.plan,
         )
 
     def forward(self, rows: Tensor, counts: list[int], nominal_rows: int) -> Tensor:

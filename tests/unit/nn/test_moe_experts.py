@@ -10,7 +10,7 @@ import torch
 from moe_cases import SITES, Site, expert_weights, experts
 from torch import Tensor
 
-from mpotrain.nn.moe import experts as experts_module
+from mpotrain.nn.moe import config as moe_config
 from mpotrain.nn.moe.config import AsymmetricExpertSite, DenseExpertSite, MPOExpertSite
 from mpotrain.nn.moe.expert_init import init_experts
 from mpotrain.nn.moe.experts import DenseExperts, MPOExperts
@@ -79,8 +79,8 @@ def test_the_plan_follows_local_experts_and_nominal_rows(monkeypatch: pytest.Mon
         asked.append((num_experts, rows, options["force"]))
         return original(spec, num_experts, rows, *args, **options)
 
-    original = experts_module.plan_experts
-    monkeypatch.setattr(experts_module, "plan_experts", spy)
+    original = moe_config.plan_experts
+    monkeypatch.setattr(moe_config, "plan_experts", spy)
     site = replace(SITES["mpo"][0], plan="factored")
     module, in_features = layer_of("mpo-0", site)
     x = torch.zeros(3, in_features, dtype=torch.float64)
@@ -256,3 +256,20 @@ def test_experts_start_as_copies_unless_told_otherwise() -> None:
             assert torch.equal(auxiliary[0], auxiliary[2]) == same
             # Copies, not views: every expert moves by itself.
             assert auxiliary.is_contiguous()
+
+
+def test_merge_precision_of_the_site_reaches_the_plan_and_the_result() -> None:
+    base = MPOExpertSite(
+        in_modes=(4, 4, 2), out_modes=(4, 8, 2), experts="independent", plan="grouped"
+    )
+    rows = torch.randn(24, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    results = []
+    for precision in ("fp32", "compute"):
+        site = replace(base, merge_precision=precision)
+        generator = torch.Generator().manual_seed(2)
+        layer = MPOExperts(site.spec(32, 64), site, 3, bias=False, std=0.1, generator=generator)
+        plan = layer.plan(24, torch.bfloat16, torch.device("cpu"))
+        assert plan.merge_precision == precision
+        results.append(layer(rows, [8, 10, 6], 24).detach())
+    assert not torch.equal(*results)
+    torch.testing.assert_close(*results, rtol=0.05, atol=0.05)
