@@ -10,7 +10,7 @@ from mpotrain.checkpoint.config import CheckpointConfig
 from mpotrain.checkpoint.store import CheckpointStore
 from mpotrain.config import RunConfig
 from mpotrain.convert.source import Source
-from mpotrain.models.config import FEED_FORWARD, SITE_NAMES, GPT2Config
+from mpotrain.models.config import FEED_FORWARD, SITE_NAMES, SIZE_KEYS, GPT2Config
 from mpotrain.nn.moe.config import MoEConfig
 from mpotrain.pretrain import CHECKPOINTS
 from mpotrain.train.journal import JOURNAL_FILE
@@ -18,15 +18,6 @@ from mpotrain.trained import SINGLE
 
 Target = Literal["gpt2", "mpo-moe"]
 """What a model is converted to: the same network, or one with mixtures of experts."""
-
-SIZE_KEYS = (
-    "vocab_size",
-    "context_length",
-    "hidden_size",
-    "num_layers",
-    "num_heads",
-    "ffn_size",
-)
 
 
 def conversion_problems(source: Source, run: RunConfig, target: Target) -> list[str]:

@@ -16,6 +16,15 @@ from mpotrain.nn.moe.config import MoEConfig
 from mpotrain.schema import config
 
 SITE_NAMES = ("embedding", "qkv", "attention_out", "c_fc", "c_proj")
+SIZE_KEYS = (
+    "vocab_size",
+    "context_length",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "ffn_size",
+)
+"""Keys of a model that are sizes."""
 FEED_FORWARD = ("c_fc", "c_proj")
 """Families that a mixture of experts replaces in its block."""
 
@@ -237,14 +246,7 @@ class GPT2Config:
 
     def _size_problems(self, where: str) -> list[str]:
         found = []
-        for name in (
-            "vocab_size",
-            "context_length",
-            "hidden_size",
-            "num_layers",
-            "num_heads",
-            "ffn_size",
-        ):
+        for name in SIZE_KEYS:
             if getattr(self, name) < 1:
                 found.append(f"{where}.{name}: must be at least 1, is {getattr(self, name)}")
         for name in ("dropout", "attention_dropout"):

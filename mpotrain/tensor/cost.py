@@ -39,6 +39,42 @@ class Operation:
     seconds: float
 
 
+def operations_table(
+    operations: Iterable[Operation], flops: float, num_bytes: float, seconds: float
+) -> str:
+    """Return operations as a table with their FLOPs, bytes and time, and a line of totals.
+
+    Args:
+        operations: in order of execution; repeated ones may stand once.
+        flops: of the whole plan.
+        num_bytes: of the whole plan.
+        seconds: of the whole plan.
+    """
+    rows = [("phase", "operation", "m x k x n", "MFLOP", "MB", "us")]
+    rows += [
+        (
+            operation.phase,
+            operation.name,
+            operation.shape,
+            f"{operation.flops / 1e6:.1f}",
+            f"{operation.bytes / 1e6:.1f}",
+            f"{operation.seconds * 1e6:.1f}",
+        )
+        for operation in operations
+    ]
+    total = f"{flops / 1e6:.1f}", f"{num_bytes / 1e6:.1f}", f"{seconds * 1e6:.1f}"
+    rows.append(("total", "", "", *total))
+    widths = [max(len(row[column]) for row in rows) for column in range(6)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column < 3 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
 @dataclass(frozen=True)
 class DenseCost:
     """Forward and backward of a dense layer of the same size.

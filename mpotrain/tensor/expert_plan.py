@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import Literal
 
 from mpotrain.errors import SpecError
-from mpotrain.tensor.cost import Operation, dense_cost
+from mpotrain.tensor.cost import Operation, dense_cost, operations_table
 from mpotrain.tensor.device import BYTES, DeviceProfile, DType
 from mpotrain.tensor.expert_cost import (
     ExpertLoad,
@@ -121,30 +121,9 @@ class ExpertPlan:
 
     def describe(self) -> str:
         """Return the plan as a table of operations with FLOPs, bytes and time."""
-        rows = [("phase", "operation", "m x k x n", "MFLOP", "MB", "us")]
-        rows += [
-            (
-                operation.phase,
-                operation.name,
-                operation.shape,
-                f"{operation.flops / 1e6:.1f}",
-                f"{operation.bytes / 1e6:.1f}",
-                f"{operation.seconds * 1e6:.1f}",
-            )
-            for operation in self.operations
-        ]
         flops = self.forward_flops + self.backward_flops
-        total = f"{flops / 1e6:.1f}", f"{self.bytes / 1e6:.1f}", f"{self.seconds * 1e6:.1f}"
-        rows.append(("total", "", "", *total))
-        widths = [max(len(row[column]) for row in rows) for column in range(6)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if column < 3 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        return "\n".join([self.summary, *lines])
+        table = operations_table(self.operations, flops, self.bytes, self.seconds)
+        return f"{self.summary}\n{table}"
 
 
 @lru_cache(maxsize=4096)

@@ -20,7 +20,12 @@ from typing import Literal, get_args
 
 from mpotrain.errors import SpecError
 from mpotrain.tensor.chain_cost import chain_operations, lay_out
-from mpotrain.tensor.cost import Operation, dense_cost, materialise_operations
+from mpotrain.tensor.cost import (
+    Operation,
+    dense_cost,
+    materialise_operations,
+    operations_table,
+)
 from mpotrain.tensor.device import BYTES, PROFILES, DeviceProfile, DType
 from mpotrain.tensor.spec import MPOSpec
 from mpotrain.tensor.steps import STANDARD, ChainStep, Direction, chain_steps, needs_copy
@@ -108,30 +113,9 @@ class ContractionPlan:
 
     def describe(self) -> str:
         """Return the plan as a table of operations with FLOPs, bytes and time."""
-        rows = [("phase", "operation", "m x k x n", "MFLOP", "MB", "us")]
-        rows += [
-            (
-                operation.phase,
-                operation.name,
-                operation.shape,
-                f"{operation.flops / 1e6:.1f}",
-                f"{operation.bytes / 1e6:.1f}",
-                f"{operation.seconds * 1e6:.1f}",
-            )
-            for operation in self.operations
-        ]
         flops = self.forward_flops + self.backward_flops
-        total = f"{flops / 1e6:.1f}", f"{self.bytes / 1e6:.1f}", f"{self.seconds * 1e6:.1f}"
-        rows.append(("total", "", "", *total))
-        widths = [max(len(row[column]) for row in rows) for column in range(6)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if column < 3 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        return "\n".join([self.summary, *lines])
+        table = operations_table(self.operations, flops, self.bytes, self.seconds)
+        return f"{self.summary}\n{table}"
 
 
 @lru_cache(maxsize=4096)
