@@ -67,7 +67,7 @@ MPOE = _mixture(
     '{kind="mpo", in_modes=[2,4,8,4,2], out_modes=[2,4,4,2,2]}',
 )
 """A shared central tensor and auxiliaries for each expert, which start as copies."""
-INDEPENDENT = MPOE.replace('kind="mpo"', 'kind="mpo", experts="independent"')
+INDEPENDENT = MPOE.replace('kind="mpo"', 'kind="mpo", start="independent"')
 """The same with a draw of its own for each expert."""
 # Modes of 64 and 32 give an expert 5,120 elements of its own, MPOE 5,152: equal totals.
 ASYMMETRIC = _mixture(

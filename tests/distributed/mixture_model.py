@@ -33,13 +33,11 @@ CLIP = 0.7
 GLOBAL, MICRO = 16, 2
 SEED = 11
 FIVE_CORES = MPOExpertSite(
-    experts="independent",
+    start="independent",
     in_modes=(2, 2, 2, 2, 1),
     out_modes=(2, 2, 2, 2, 2),
 )
-ASYMMETRIC = AsymmetricExpertSite(
-    experts="independent", in_mode=8, out_mode=4, in_bond=4, out_bond=4
-)
+ASYMMETRIC = AsymmetricExpertSite(start="independent", in_mode=8, out_mode=4, in_bond=4, out_bond=4)
 TOP_1 = RouterConfig(z_loss=1e-3, balance_rate=1e-3, jitter=0.1)
 TOP_2 = RouterConfig(top_k=2, capacity_factor=0.75, balance_loss=0.05)
 

@@ -45,8 +45,8 @@ def build(kind: str, options: dict[str, Any]) -> MixtureOfExperts:
     first, second = {
         "dense": (DenseExpertSite(), DenseExpertSite()),
         "mpo": (
-            MPOExpertSite(experts="independent", in_modes=(2, 2, 2), out_modes=(3, 2, 2), cap=5),
-            AsymmetricExpertSite(experts="independent", in_mode=4, out_mode=2),
+            MPOExpertSite(start="independent", in_modes=(2, 2, 2), out_modes=(3, 2, 2), cap=5),
+            AsymmetricExpertSite(start="independent", in_mode=4, out_mode=2),
         ),
     }[kind]
     module = MixtureOfExperts(

@@ -41,7 +41,7 @@ LOCAL = LocalConfig(device="cpu")
 STEPS = 5
 LAYOUTS = [(2, 1), (2, 2), (4, 2), (4, 4)]
 FIVE_CORES_BACK = MPOExpertSite(
-    experts="independent",
+    start="independent",
     in_modes=(2, 2, 2, 2, 2),
     out_modes=(2, 2, 2, 2, 1),
 )

@@ -16,8 +16,8 @@ pytestmark = [
 COUNTS = [10, 0, 40, 14]
 MIXTURE = (
     "model.moe={num_experts=4, every=2, router={top_k=2, balance_rate=1e-3}, "
-    "c_fc={kind='mpo', experts='independent', in_modes=[4,4,2], out_modes=[4,8,4], cap=6}, "
-    "c_proj={kind='asymmetric', experts='independent', in_mode=16, out_mode=8}}"
+    "c_fc={kind='mpo', start='independent', in_modes=[4,4,2], out_modes=[4,8,4], cap=6}, "
+    "c_proj={kind='asymmetric', start='independent', in_mode=16, out_mode=8}}"
 )
 
 
@@ -28,7 +28,7 @@ def experts_of_kind(kind: str, plan: ExpertPlanChoice) -> MPOExperts | DenseExpe
     site: MPOExpertSite | AsymmetricExpertSite
     if kind == "mpo":
         site = MPOExpertSite(
-            experts="independent",
+            start="independent",
             in_modes=(2, 4, 6, 2, 2),
             out_modes=(2, 4, 6, 4, 2),
             cap=16,
@@ -36,7 +36,7 @@ def experts_of_kind(kind: str, plan: ExpertPlanChoice) -> MPOExperts | DenseExpe
         )
     else:
         site = AsymmetricExpertSite(
-            experts="independent", in_mode=16, out_mode=32, in_bond=8, plan=plan
+            start="independent", in_mode=16, out_mode=32, in_bond=8, plan=plan
         )
     return MPOExperts(site.spec(192, 384), site, 4, bias=True, std=0.05, generator=generator)
 

@@ -12,8 +12,8 @@ from mpotrain.train.journal import read_metrics
 MIXTURE = [
     "model.moe={num_experts=4, every=2, "
     "router={top_k=2, balance_rate=1e-3, capacity_factor=1.0, jitter=0.05}, "
-    "c_fc={kind='mpo', experts='independent', in_modes=[4,4,2], out_modes=[4,8,4], cap=6}, "
-    "c_proj={kind='asymmetric', experts='independent', in_mode=16, out_mode=8}}",
+    "c_fc={kind='mpo', start='independent', in_modes=[4,4,2], out_modes=[4,8,4], cap=6}, "
+    "c_proj={kind='asymmetric', start='independent', in_mode=16, out_mode=8}}",
     "train.central_mask={probability=0.3, granularity='tensor'}",
 ]
 ZERO = "engine={{kind='deepspeed', zero_stage={}}}"

@@ -111,7 +111,7 @@ class MPOExpertSite:
     init: ExpertInit = "orthogonal"
     """`orthogonal`: auxiliaries orthogonal, the central tensor carries the scale. `balanced`: the
     elements of all cores have one spread."""
-    experts: ExpertStart = "copies"
+    start: ExpertStart = "copies"
     """Auxiliaries at start: one draw copied to all experts, as in MPOE (routing parts them), or a
     draw for each, which the shared central tensor then has to serve all at once."""
     plan: ExpertPlanChoice = "auto"
@@ -161,7 +161,7 @@ class AsymmetricExpertSite:
     """Whether every expert has a bias vector."""
     init: ExpertInit = "orthogonal"
     """See the mpo kind."""
-    experts: ExpertStart = "copies"
+    start: ExpertStart = "copies"
     """See the mpo kind."""
     plan: ExpertPlanChoice = "auto"
     """Execution: the cheapest by the cost model, or one kind by name."""

@@ -51,7 +51,7 @@ class MPOExperts(nn.Module):
             num_experts,
             std,
             scheme=site.init,
-            start=site.experts,
+            start=site.start,
             generator=generator,
         )
         self.central = set_role(nn.Parameter(central), Role.CENTRAL)

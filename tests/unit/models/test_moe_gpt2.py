@@ -25,9 +25,9 @@ from mpotrain.nn.roles import experts_of
 from mpotrain.tensor.contract import rebuild
 from mpotrain.tensor.decompose import decompose
 
-MPO = MPOExpertSite(experts="independent", in_modes=(2, 6, 2), out_modes=(4, 6, 4))
-MPO_BACK = MPOExpertSite(experts="independent", in_modes=(4, 6, 4), out_modes=(2, 6, 2))
-HALF = AsymmetricExpertSite(experts="independent", in_mode=6, out_mode=8, in_bond=3, out_bond=4)
+MPO = MPOExpertSite(start="independent", in_modes=(2, 6, 2), out_modes=(4, 6, 4))
+MPO_BACK = MPOExpertSite(start="independent", in_modes=(4, 6, 4), out_modes=(2, 6, 2))
+HALF = AsymmetricExpertSite(start="independent", in_mode=6, out_mode=8, in_bond=3, out_bond=4)
 MOE = MoEConfig(
     num_experts=4, every=2, c_fc=MPO, c_proj=HALF, router=RouterConfig(top_k=2, z_loss=0.001)
 )
@@ -222,9 +222,9 @@ def test_mixtures_leave_the_start_weights_of_everything_else() -> None:
     [
         (DenseExpertSite(), DenseExpertSite()),
         (
-            MPOExpertSite(experts="independent", in_modes=(4, 8, 4), out_modes=(8, 8, 8)),
+            MPOExpertSite(start="independent", in_modes=(4, 8, 4), out_modes=(8, 8, 8)),
             AsymmetricExpertSite(
-                experts="independent", in_mode=32, out_mode=16, in_bond=16, out_bond=8
+                start="independent", in_mode=32, out_mode=16, in_bond=16, out_bond=8
             ),
         ),
     ],

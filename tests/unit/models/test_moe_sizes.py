@@ -20,9 +20,9 @@ CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "runs"
 TINY = GPT2Config(
     vocab_size=100, context_length=16, hidden_size=24, num_layers=4, num_heads=2, ffn_size=96
 )
-MPO_FC = MPOExpertSite(experts="independent", in_modes=(2, 6, 2), out_modes=(4, 6, 4))
+MPO_FC = MPOExpertSite(start="independent", in_modes=(2, 6, 2), out_modes=(4, 6, 4))
 MPO_PROJ = MPOExpertSite(
-    experts="independent", in_modes=(4, 6, 4), out_modes=(2, 6, 2), cap=5, bias=False
+    start="independent", in_modes=(4, 6, 4), out_modes=(2, 6, 2), cap=5, bias=False
 )
 MIXTURES = [
     MoEConfig(num_experts=3),
@@ -33,7 +33,7 @@ MIXTURES = [
     MoEConfig(
         num_experts=4,
         every=3,
-        c_fc=AsymmetricExpertSite(experts="independent", in_mode=6, out_mode=8, in_bond=3),
+        c_fc=AsymmetricExpertSite(start="independent", in_mode=6, out_mode=8, in_bond=3),
         c_proj=DenseExpertSite(bias=False),
     ),
 ]  # fmt: skip
@@ -140,7 +140,7 @@ def test_projections_of_experts_start_with_the_residual_scale() -> None:
 def test_problems_of_mixtures_name_their_keys() -> None:
     moe = MoEConfig(
         num_experts=4, every=5, router=RouterConfig(top_k=5),
-        c_fc=AsymmetricExpertSite(experts="independent", in_mode=7, out_mode=8),
+        c_fc=AsymmetricExpertSite(start="independent", in_mode=7, out_mode=8),
     )  # fmt: skip
     found = replace(TINY, moe=moe).problems("model")
     keys = {line.partition(":")[0] for line in found}

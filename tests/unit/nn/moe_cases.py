@@ -26,10 +26,10 @@ SITES: dict[str, tuple[Site, Site]] = {
     "dense": (DenseExpertSite(), DenseExpertSite()),
     "mpo": (
         MPOExpertSite(
-            experts="independent", in_modes=(3, 1, 2, 2, 1), out_modes=(2, 2, 3, 1, 2), cap=6
+            start="independent", in_modes=(3, 1, 2, 2, 1), out_modes=(2, 2, 3, 1, 2), cap=6
         ),
         MPOExpertSite(
-            experts="independent",
+            start="independent",
             in_modes=(2, 3, 4),
             out_modes=(3, 2, 2),
             bonds=(5, 6),
@@ -37,8 +37,8 @@ SITES: dict[str, tuple[Site, Site]] = {
         ),
     ),
     "asymmetric": (
-        AsymmetricExpertSite(experts="independent", in_mode=4, out_mode=6, in_bond=2, out_bond=5),
-        AsymmetricExpertSite(experts="independent", in_mode=6, out_mode=3, bias=False),
+        AsymmetricExpertSite(start="independent", in_mode=4, out_mode=6, in_bond=2, out_bond=5),
+        AsymmetricExpertSite(start="independent", in_mode=6, out_mode=3, bias=False),
     ),
 }
 

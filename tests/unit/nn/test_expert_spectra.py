@@ -12,7 +12,7 @@ from mpotrain.nn.moe.experts import MPOExperts
 from mpotrain.nn.spectra import MOST_EXPERTS, model_spectra
 from mpotrain.tensor.contract import rebuild
 
-SITE = MPOExpertSite(experts="independent", in_modes=(2, 3, 4), out_modes=(3, 4, 2), cap=5)
+SITE = MPOExpertSite(start="independent", in_modes=(2, 3, 4), out_modes=(3, 4, 2), cap=5)
 
 
 def experts(count: int, seed: int = 0) -> MPOExperts:

@@ -131,7 +131,7 @@ def test_central_tensor_is_one_and_gets_the_sum_of_untied_gradients() -> None:
 
 def test_equal_auxiliaries_make_equal_experts_and_one_entry_moves_a_block() -> None:
     module, in_features = layer_of(
-        "mpo-0", MPOExpertSite(experts="independent", in_modes=(3, 2, 2), out_modes=(2, 3, 4))
+        "mpo-0", MPOExpertSite(start="independent", in_modes=(3, 2, 2), out_modes=(2, 3, 4))
     )
     assert isinstance(module, MPOExperts)
     with torch.no_grad():
@@ -238,7 +238,7 @@ def test_sixteen_bit_activations_meet_fp32_parameters(name: str) -> None:
 
 
 def test_asymmetric_experts_have_three_cores() -> None:
-    site = AsymmetricExpertSite(experts="independent", in_mode=4, out_mode=6, in_bond=2, out_bond=5)
+    site = AsymmetricExpertSite(start="independent", in_mode=4, out_mode=6, in_bond=2, out_bond=5)
     module, _ = layer_of("asymmetric-0", site)
     assert isinstance(module, MPOExperts)
     assert [tuple(p.shape) for p in module.parameters() if p.ndim > 2] == [
@@ -248,7 +248,7 @@ def test_asymmetric_experts_have_three_cores() -> None:
 
 def test_experts_start_as_copies_unless_told_otherwise() -> None:
     alike = AsymmetricExpertSite(in_mode=8, out_mode=8)
-    apart = AsymmetricExpertSite(in_mode=8, out_mode=8, experts="independent")
+    apart = AsymmetricExpertSite(in_mode=8, out_mode=8, start="independent")
     spec = alike.spec(32, 64)
     for site, same in ((alike, True), (apart, False)):
         layer = MPOExperts(spec, site, 3, bias=False, std=0.1, generator=torch.Generator())
@@ -260,7 +260,7 @@ def test_experts_start_as_copies_unless_told_otherwise() -> None:
 
 def test_merge_precision_of_the_site_reaches_the_plan_and_the_result() -> None:
     base = MPOExpertSite(
-        in_modes=(4, 4, 2), out_modes=(4, 8, 2), experts="independent", plan="grouped"
+        in_modes=(4, 4, 2), out_modes=(4, 8, 2), start="independent", plan="grouped"
     )
     rows = torch.randn(24, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
     results = []
