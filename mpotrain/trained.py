@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from mpotrain.evaluate import Evaluation, Evaluator
 from mpotrain.generate import Sampling, generate
 from mpotrain.inspect import describe_checkpoint, describe_data, site_rows
 from mpotrain.layered_toml import OVERRIDE_SOURCE, LayeredTable
+from mpotrain.nn.moe.router import keep_all_tokens
 from mpotrain.nn.spectra import model_spectra
 from mpotrain.parallel.environment import resolve_environment
 from mpotrain.parallel.ranks import World, close_world, init_world, resolve_device
@@ -131,6 +133,8 @@ def evaluate_checkpoint(
     # Evaluation knows no global batch: any number of ranks will do.
     batch = run.train.micro_batch_size * ranks.size
     run = replace(run, train=replace(run.train, global_batch_size=batch))
+    experts = gcd(run.parallel.expert, ranks.size)
+    run = replace(run, parallel=replace(run.parallel, expert=experts))
     if ranks.size == 1:
         run = replace(run, engine=LocalConfig(dtype=run.engine.dtype, device=run.engine.device))
     world = init_world(run.engine.kind, run.engine.device, ranks=ranks)
@@ -207,6 +211,7 @@ def generate_texts(
     trained = load_trained(folder, step)
     tokenizer = run_tokenizer(trained)
     trained.model.to(resolve_device(trained.run.engine.device))
+    keep_all_tokens(trained.model)
     start = tokenizer.encode(prompt)
     if not start:
         # Documents begin after the end of another one.

@@ -20,8 +20,8 @@ from mpotrain.models.config import GPT2Config
 from mpotrain.nn.roles import Role
 from mpotrain.trained import load_trained, saved_tokenizer
 
-PLAIN_ENGINE = 'engine={kind="local", dtype="fp32", device="cpu"}'
-"""Override under which any run's model computes in fp32."""
+PLAIN = ('engine={kind="local", dtype="fp32", device="cpu"}', "parallel.expert=1")
+"""Overrides under which any run's model computes in fp32 in one process."""
 SHOWN = 8
 """Number of names that a message lists before it counts the rest."""
 
@@ -67,7 +67,7 @@ def run_source(folder: Path, step: int | None) -> Source:
     Raises:
         CheckpointError: there is no sound checkpoint.
     """
-    trained = load_trained(folder, step, [PLAIN_ENGINE])
+    trained = load_trained(folder, step, PLAIN)
     weights = {name: tensor.detach() for name, tensor in trained.model.named_parameters()}
     return Source(
         origin=f"{trained.folder}, step {trained.manifest.step:,}",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mpotrain.convert.source import Source
+from mpotrain.errors import CheckpointError
 from mpotrain.models.config import GPT2Config
 from mpotrain.models.sites import Site
 from mpotrain.tensor.contract import rebuild
@@ -52,6 +53,9 @@ def fill(model: nn.Module, source: Source, config: GPT2Config) -> list[SiteError
 
     Returns:
         One entry for each matrix of experts that is decomposed.
+
+    Raises:
+        CheckpointError: a parameter is missing in the source or has another shape there.
     """
     parameters = dict(model.named_parameters())
     errors = []
@@ -67,12 +71,17 @@ def fill(model: nn.Module, source: Source, config: GPT2Config) -> list[SiteError
             for name, value in values.items():
                 parameter = parameters.pop(name)
                 shared = name.endswith(".central")
-                assert parameter.shape[0 if shared else 1 :] == value.shape
+                if parameter.shape[0 if shared else 1 :] != value.shape:
+                    raise CheckpointError(
+                        f"{name}: {tuple(value.shape)} from the source does not fit "
+                        f"{tuple(parameter.shape)}"
+                    )
                 parameter.copy_(value)  # one row after the other: every expert begins alike
         for name in [name for name in parameters if name in source.weights]:
             parameters.pop(name).copy_(source.weights[name])
     left = [name for name in parameters if ROUTER not in name]
-    assert not left, f"the source has no {left}"
+    if left:
+        raise CheckpointError(f"the source has no {', '.join(left)}")
     return errors
 
 

@@ -174,9 +174,7 @@ class Engine(Protocol):
     def full_parameters(self) -> AbstractContextManager[None]:
         """Make all weights whole inside a `with` block, for reading and for plain forward passes.
 
-        Inside, `model` is an ordinary module: single ranks may call it alone. Not so under expert
-        parallelism, where experts stay where they are: weights may be read, forward passes are
-        collective.
+        Inside, `model` is an ordinary module: single ranks may call it alone.
         """
         ...
 

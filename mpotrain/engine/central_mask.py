@@ -54,6 +54,7 @@ class CentralMask:
             for name, parameter in zip(group.get(CENTRAL, ()), group["params"], strict=False)
         }
         self._sizes = sizes if self._active else {}
+        self._together = [list(group.get(CENTRAL, ())) for group in groups]
         counts = self._active and config.granularity != "element"
         self.updates: dict[str, int] = dict.fromkeys(sizes, 0) if counts else {}
 
@@ -109,6 +110,13 @@ class CentralMask:
         """
         for name in self.updates:
             self.updates[name] = (updates or {}).get(name, num_updates)
+        # Tensors of one group have one counter; where they come from groups of their own (another
+        # granularity before) the largest is taken for all.
+        for names in self._together:
+            counted = [name for name in names if name in self.updates]
+            if counted:
+                most = max(self.updates[name] for name in counted)
+                self.updates |= dict.fromkeys(counted, most)
 
     def _group_rests(self, group: Mapping[str, Any], step: int) -> bool:
         names = group.get(CENTRAL, ())

@@ -16,7 +16,8 @@ Dtype = Literal["fp32", "bf16"]
 class CentralMaskConfig:
     """Random rest of the central tensors, so that auxiliaries learn more often (Gao et al. 2022).
 
-    A masked tensor keeps its value, its moments and its update counter bit for bit. The draws are
+    A masked tensor keeps its value, its moments and its update counter bit for bit (a masked
+    element its value and moments). The draws are
     a function of (seed, step, tensor), so every rank takes the same decision.
     """
 
@@ -104,15 +105,9 @@ def expert_problems(
         if expert_ranks == 1:
             return []
         return [f"{where}: {expert_ranks}, but the model has no mixture of experts (model.moe)"]
-    found = []
-    if isinstance(engine, DeepSpeedConfig) and engine.zero_stage == 3:
-        found.append(
-            "engine.zero_stage: 3 with a mixture of experts (model.moe) is refused, as by "
-            "DeepSpeed 0.19.8: it gathers weights module by module and cannot follow the routing; "
-            "use stage 1 or 2"
-        )
     if expert_ranks == 1:
-        return found
+        return []
+    found = []
     if num_experts % expert_ranks:
         choices = [d for d in range(1, num_experts + 1) if num_experts % d == 0]
         found.append(
@@ -123,6 +118,12 @@ def expert_problems(
         found.append(
             f'{where}: {expert_ranks}, but the local engine runs one process; use engine.kind="'
             'deepspeed", or parallel.expert=1'
+        )
+    elif engine.zero_stage == 3:
+        found.append(
+            f"{where}: {expert_ranks} with engine.zero_stage 3 is refused, as by DeepSpeed 0.19.8, "
+            "which splits every weight over the whole world and not over the ranks that hold the "
+            "same experts; use stage 1 or 2, or parallel.expert=1"
         )
     elif engine.zero_stage == 0:
         found.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -221,7 +221,7 @@ class DeepSpeedEngine:
     def full_parameters(self) -> AbstractContextManager[None]:
         """Make all weights whole inside the block; see `Engine.full_parameters`."""
         if self._config.zero_stage < 3:
-            return nullcontext()
+            return self._experts.whole()
         return whole_parameters(self._deepspeed, self._engine, self.model)
 
     def close(self) -> None:

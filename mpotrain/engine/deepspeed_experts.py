@@ -9,6 +9,8 @@ world with expert-parallel degree p is number r mod p of its group of p consecut
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mpotrain.errors import ParallelError
-from mpotrain.nn.moe.dispatch import AllToAllDispatcher
+from mpotrain.nn.moe.dispatch import AllToAllDispatcher, LocalDispatcher
 from mpotrain.nn.moe.mixture import MixtureOfExperts
 from mpotrain.nn.roles import experts_of
 from mpotrain.parallel.ranks import World
@@ -127,6 +129,35 @@ class ExpertShards:
         for module in self._model.modules():
             if isinstance(module, MixtureOfExperts):
                 module.dispatcher = AllToAllDispatcher(module.router.num_experts, group)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Give every rank all experts inside the block (collective), and its own ones back after.
+
+        Inside, mixtures compute alone: nothing travels.
+        """
+        if self.degree == 1:
+            yield
+            return
+        from deepspeed.utils import groups
+
+        group: dist.ProcessGroup = groups._get_expert_parallel_group(self.group_name)
+        own = [(parameter, parameter.data) for _, parameter in self._split_parameters()]
+        mixtures = [m for m in self._model.modules() if isinstance(m, MixtureOfExperts)]
+        dispatchers = [mixture.dispatcher for mixture in mixtures]
+        for parameter, rows in own:
+            parts = [torch.empty_like(rows) for _ in range(self.degree)]
+            dist.all_gather(parts, rows.contiguous(), group=group)
+            parameter.data = torch.cat(parts)
+        for mixture in mixtures:
+            mixture.dispatcher = LocalDispatcher(mixture.router.num_experts)
+        try:
+            yield
+        finally:
+            for parameter, rows in own:
+                parameter.data = rows
+            for mixture, dispatcher in zip(mixtures, dispatchers, strict=True):
+                mixture.dispatcher = dispatcher
 
     def close(self) -> None:
         """Drop DeepSpeed's process groups."""

@@ -137,8 +137,18 @@ def weigh(run: RunConfig, world_size: int = 1, device: str | None = None) -> Pla
         checkpoint_bytes=12 * sum(sizes) + 4 * buffers,
         mixtures=mixture_report(run, world_size, accumulation),
         problems=run.problems(world_size) + data_problems,
-        notes=notes,
+        notes=notes + _capacity_notes(run),
     )
+
+
+def _capacity_notes(run: RunConfig) -> list[str]:
+    moe = run.model.moe
+    if moe is None or moe.router.top_k == 1 or moe.router.eval_capacity_factor is None:
+        return []
+    return [
+        "model.moe.router.eval_capacity_factor: with top_k above 1 a later token can displace the "
+        "second choice of an earlier one, so the validation loss sees a little of the future"
+    ]
 
 
 def _profile(run: RunConfig, device: str | None) -> str:

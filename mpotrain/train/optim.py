@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpotrain.engine.config import CentralMaskConfig
+from mpotrain.engine.central_mask import CENTRAL
+from mpotrain.engine.config import NO_MASK, CentralMaskConfig
 from mpotrain.nn.roles import CORE_ROLES, Role, experts_of, role_of
 from mpotrain.train.config import AdamWConfig
 
-NO_MASK = CentralMaskConfig()
-"""Every update of a central tensor counts."""
-
-CENTRAL_GROUP = "central"
+CENTRAL_GROUP = CENTRAL
 """Name of the group of masked central tensors, and how the names of single ones begin."""
 
 GROUP_NAMES = (
@@ -135,10 +133,10 @@ def _central_groups(
 ) -> list[dict[str, Any]]:
     if mask.granularity == "tensor":
         return [
-            {"name": f"{CENTRAL_GROUP}:{name}", "params": [parameter], **rule, "central": [name]}
+            {"name": f"{CENTRAL_GROUP}:{name}", "params": [parameter], **rule, CENTRAL: [name]}
             for name, parameter in parameters.items()
         ]
     if not parameters:
         return []
     names, tensors = list(parameters), list(parameters.values())
-    return [{"name": CENTRAL_GROUP, "params": tensors, **rule, "central": names}]
+    return [{"name": CENTRAL_GROUP, "params": tensors, **rule, CENTRAL: names}]

@@ -111,6 +111,36 @@ def test_tensorized_model_in_every_stage(run_ranks: Any, stage: int, granularity
             check(states, TENSORIZED, mask)
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "element"])
+@pytest.mark.parametrize(
+    ("config", "model", "expert_ranks"),
+    [
+        pytest.param(zero(1, offload_optimizer=True), MIXTURES, 2, id="zero1-ep2"),
+        pytest.param(zero(2, offload_optimizer=True), MIXTURES, 2, id="zero2-ep2"),
+        pytest.param(
+            zero(3, offload_optimizer=True, offload_parameters=True), TENSORIZED, 1, id="zero3"
+        ),
+    ],
+)
+def test_masters_in_host_memory(
+    run_ranks: Any,
+    config: DeepSpeedConfig,
+    model: GPT2Config,
+    expert_ranks: int,
+    granularity: Any,
+) -> None:
+    mask = CentralMaskConfig(probability=0.5, granularity=granularity)
+    wanted, counters = train(CPU_WORLD, LOCAL, model, mask, 1)
+    outcomes = run_ranks(2)(train, config, model, mask, expert_ranks)
+    for states, counted in outcomes:
+        assert counted == counters
+        assert all(map(same_bits, states, outcomes[0][0]))
+        for state, reference in zip(states, wanted, strict=True):
+            assert largest_difference(state, reference) < 1e-5
+        if granularity == "tensor":
+            assert 0 < check(states, model, mask) < STEPS * len(central_names(model))
+
+
 def test_elements_move_and_rest_side_by_side() -> None:
     mask = CentralMaskConfig(probability=0.5, granularity="element")
     states, _ = train(CPU_WORLD, LOCAL, MIXTURES, mask, 1)

@@ -36,6 +36,7 @@ from mpotrain.models.gpt2 import GPT2
 from mpotrain.nn.moe.config import MPOExpertSite, RouterConfig
 from mpotrain.nn.roles import Role, role_of
 from mpotrain.parallel.ranks import World
+from mpotrain.pretrain import spectra_metrics
 
 LOCAL = LocalConfig(device="cpu")
 STEPS = 5
@@ -99,7 +100,7 @@ def test_every_layout_equals_one_process(
 
 @pytest.mark.parametrize(
     ("config", "expert_ranks"),
-    [(zero(0), 1), (zero(1, offload_optimizer=True), 2), (zero(2), 2)],
+    [(zero(0), 1), (zero(3), 1), (zero(1, offload_optimizer=True), 2), (zero(2), 2)],
 )
 def test_two_experts_with_drops_in_other_stages(
     run_ranks: Any, config: DeepSpeedConfig, expert_ranks: int
@@ -151,15 +152,21 @@ def test_central_tensor_reduced_as_an_expert_is_caught(run_ranks: Any) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_bf16_follows_local_bf16(run_ranks: Any, stage: int) -> None:
+@pytest.mark.parametrize(("world", "expert_ranks"), [(2, 2), (4, 2)])
+def test_bf16_follows_local_bf16(run_ranks: Any, world: int, expert_ranks: int, stage: int) -> None:
+    """In the larger world two ranks hold the same experts and reduce their gradients in bf16."""
     model = model_config(RouterConfig())
     wanted, _, _ = train(CPU_WORLD, LocalConfig(device="cpu", dtype="bf16"), model)
-    outcomes = run_ranks(2)(train, zero(stage, dtype="bf16"), model, 2)
+    roles = {"dense", "central", "auxiliary", "expert"}
+    assert all((wanted[0].grad_norm_by_role or {})[role] > 0 for role in roles)
+    outcomes = run_ranks(world)(train, zero(stage, dtype="bf16"), model, expert_ranks)
     for results, _, _ in outcomes:
+        # From equal weights: a factor or a missing sum in one kind of group would show here.
+        assert results[0].grad_norm_by_role == pytest.approx(wanted[0].grad_norm_by_role, rel=1e-2)
         for one, other in zip(results, wanted, strict=True):
             assert one.loss == pytest.approx(other.loss, rel=1e-2)
             assert one.grad_norm == pytest.approx(other.grad_norm, rel=5e-2)
-    assert same_bits(outcomes[0][1], outcomes[1][1])
+    assert all(same_bits(state, outcomes[0][1]) for _, state, _ in outcomes)
 
 
 def refuse_in_the_middle(world: World, config: DeepSpeedConfig) -> tuple[State, State, State]:
@@ -212,3 +219,35 @@ def build_with(world: World, expert_ranks: int) -> str:
 def test_degrees_that_do_not_divide_are_refused(run_ranks: Any) -> None:
     assert "does not divide the world of 2" in run_ranks(2)(build_with, 3)[0]
     assert "does not divide the 4 experts of blocks.0" in run_ranks(3)(build_with, 3)[0]
+
+
+def look_at_whole_experts(world: World, expert_ranks: int) -> tuple[State, dict[str, Any], float]:
+    """Read all weights, their spectra, and on rank 0 alone the loss of a batch."""
+    engine = engine_of(world, zero(1), model_config(), expert_ranks=expert_ranks)
+    run_steps(engine, 0, 2)
+    loss = 0.0
+    with engine.full_parameters():
+        weights = {n: {"weight": p.detach().clone()} for n, p in engine.model.named_parameters()}
+        spectra = spectra_metrics(engine.model)
+        if world.is_main:
+            engine.model.eval()
+            with torch.no_grad():
+                loss = float(engine.model(toy.batch_of(range(900, 903))).loss_sum)
+            engine.model.train()
+    run_steps(engine, 2, 3)
+    after = whole_state(engine)
+    engine.close()
+    weights["after"] = {name: state["weight"] for name, state in after.items()}
+    return weights, spectra, loss
+
+
+def test_whole_experts_can_be_read_and_used_by_one_rank(run_ranks: Any) -> None:
+    spread = run_ranks(2)(look_at_whole_experts, 2)
+    together = run_ranks(2)(look_at_whole_experts, 1)
+    for (weights, spectra, _), (wanted, wanted_spectra, _) in zip(spread, together, strict=True):
+        assert largest_difference(weights, wanted) < 1e-5
+        assert spectra.keys() == wanted_spectra.keys()
+        for kind, values in wanted_spectra.items():
+            assert spectra[kind] == pytest.approx(values, rel=1e-4), kind
+        assert min(spectra["expert_spread"].values()) > 0.5
+    assert spread[0][2] == pytest.approx(together[0][2], rel=1e-5)

@@ -1,10 +1,13 @@
 """Mixtures of experts through the command line: any layout goes on where another one stopped."""
 
+import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
-from run_process import curve, state, train
+from run_process import command, curve, environment, state, train
 from test_launchers import same_curve
 
 from mpotrain.train.journal import read_metrics
@@ -54,3 +57,22 @@ def test_resume_in_the_same_layout_is_bitwise(new_run: Callable[[], Path]) -> No
         for kind, tensor in tensors.items():
             assert torch.equal(got[name][kind], tensor), f"{kind} of {name}"
     assert curve(run.parent / "run") == curve(straight.parent / "run")
+
+
+def evaluate(run: Path, world: int) -> float:
+    done = subprocess.run(
+        command("torchrun" if world > 1 else "alone", world,
+                ["eval", str(run.parent / "run"), "--split", "validation", "--json"]),
+        capture_output=True, text=True, timeout=240, env=environment(), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return float(json.loads(done.stdout[done.stdout.index("{") :])["loss"])
+
+
+def test_evaluation_runs_on_ranks_that_the_degree_does_not_divide(
+    new_run: Callable[[], Path],
+) -> None:
+    run = new_run()
+    train(run, *MIXTURE, ZERO.format(1), "parallel.expert=2", "train.stop_after=2",
+          launcher="torchrun", world=2)  # fmt: skip
+    assert evaluate(run, 3) == pytest.approx(evaluate(run, 1), rel=1e-5)

@@ -45,7 +45,7 @@ class MixtureOfExperts(nn.Module):
             gradient); the statistics.
         """
         tokens = x.reshape(-1, x.shape[-1])
-        routing = self.router(tokens)
+        routing = self.router.route(self.router(tokens))
         gates: Tensor | None = routing.gates
         if self.router.config.gate_at == "input":
             tokens, gates = (tokens * routing.gates).to(x.dtype), None

@@ -46,6 +46,8 @@ class Router(nn.Module):
         bias: parameter (E,) or None.
         balance: buffer (E,), fp32: what is added to the probabilities for the choice alone (Wang
             et al. 2024, arXiv 2408.15664); None without `balance_rate`.
+        keeps_all: drop no token whatever the capacity; set for generation, where the token that
+            counts is the newest and would be the first to be dropped.
     """
 
     bias: nn.Parameter | None
@@ -62,6 +64,7 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         self.num_experts, self.config = num_experts, config
+        self.keeps_all = False
         weight = torch.empty(num_experts, hidden_size)
         self.weight = nn.Parameter(weight.normal_(0.0, std, generator=generator))
         self.register_parameter(
@@ -70,11 +73,18 @@ class Router(nn.Module):
         balanced = config.balance_rate > 0
         self.register_buffer("balance", torch.zeros(num_experts) if balanced else None)
 
-    def forward(self, x: Tensor) -> Routing:
-        """Choose the experts of the tokens x (N, H)."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the scores (N, E) of all experts for the tokens x (N, H), fp32.
+
+        All that the parameters do; ZeRO-3 gathers weights around calls whose results are tensors.
+        """
         dtype = torch.promote_types(torch.float32, x.dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        scores = functional.linear(self._jittered(x.to(dtype)), self.weight.to(dtype), bias)
+        return functional.linear(self._jittered(x.to(dtype)), self.weight.to(dtype), bias)
+
+    def route(self, scores: Tensor) -> Routing:
+        """Choose the experts of the tokens with these scores (N, E)."""
+        dtype = scores.dtype
         logs = functional.log_softmax(scores, dim=-1)
         probabilities = logs.exp()
         experts = self._choose(probabilities.detach())
@@ -160,7 +170,7 @@ class Router(nn.Module):
         """
         config = self.config
         factor = config.capacity_factor if self.training else config.eval_capacity_factor
-        if factor is None:
+        if factor is None or self.keeps_all:
             return None
         # Exact arithmetic on the decimal that the user wrote: in floats 1.1 * 10 is above 11.
         capacity = math.ceil(Fraction(str(factor)) * experts.numel() / self.num_experts)
@@ -179,6 +189,13 @@ class Router(nn.Module):
         if self.config.z_loss > 0:
             total = total + self.config.z_loss * z_loss
         return total
+
+
+def keep_all_tokens(model: nn.Module) -> None:
+    """Let no router of `model` drop a token from here on."""
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.keeps_all = True
 
 
 def _loads(experts: Tensor, num_experts: int) -> Tensor:

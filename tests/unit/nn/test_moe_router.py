@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpotrain.nn.moe.config import RouterConfig
-from mpotrain.nn.moe.router import Router, Routing
+from mpotrain.nn.moe.router import Router, Routing, keep_all_tokens
 
 
 def router(
@@ -25,6 +25,10 @@ def tokens(count: int = 40, hidden: int = 10, seed: int = 1) -> Tensor:
     return torch.randn(count, hidden, generator=generator, dtype=torch.float64)
 
 
+def route(module: Router, x: Tensor) -> Routing:
+    return module.route(module(x))
+
+
 def set_probabilities(module: Router, rows: list[list[float]]) -> Tensor:
     """Make the router give one-hot inputs n the probabilities in row n; return these inputs."""
     module.double()
@@ -35,16 +39,16 @@ def set_probabilities(module: Router, rows: list[list[float]]) -> Tensor:
 def test_equal_probabilities_choose_the_first_experts() -> None:
     module = router(7, top_k=3)
     torch.nn.init.zeros_(module.weight)
-    routing = module(tokens().float())
+    routing = route(module, tokens().float())
     assert torch.equal(routing.experts, torch.tensor([[0, 1, 2]]).expand(40, 3))
     x = set_probabilities(router_of := router(4, 2, top_k=2), [[0.1, 0.4, 0.1, 0.4]] * 2)
-    assert router_of(x).experts.tolist() == [[1, 3], [1, 3]]
+    assert route(router_of, x).experts.tolist() == [[1, 3], [1, 3]]
 
 
 def test_choices_are_the_most_probable_ones_best_first() -> None:
     module = router(3, 3, top_k=2)
     x = set_probabilities(module, [[0.2, 0.5, 0.3], [0.6, 0.1, 0.3], [0.1, 0.2, 0.7]])
-    routing = module(x)
+    routing = route(module, x)
     assert routing.experts.tolist() == [[1, 2], [0, 2], [2, 1]]
     wanted = torch.tensor([[5 / 8, 3 / 8], [6 / 9, 3 / 9], [7 / 9, 2 / 9]], dtype=torch.float64)
     torch.testing.assert_close(routing.gates, wanted)
@@ -53,14 +57,14 @@ def test_choices_are_the_most_probable_ones_best_first() -> None:
 
 def test_gates_without_normalisation_are_probabilities() -> None:
     module = router(3, 1, top_k=2, normalise=False)
-    routing = module(set_probabilities(module, [[0.2, 0.5, 0.3]]))
+    routing = route(module, set_probabilities(module, [[0.2, 0.5, 0.3]]))
     torch.testing.assert_close(routing.gates.tolist(), [[0.5, 0.3]])
 
 
 def test_straight_through_gate_is_one_with_the_gradient_of_log_p() -> None:
     module = router(top_k=1, gate="straight_through").double()
     x = tokens()
-    routing = module(x)
+    routing = route(module, x)
     assert torch.equal(routing.gates, torch.ones(40, 1, dtype=torch.float64))
     (ours,) = torch.autograd.grad(routing.gates.sum(), module.weight)
     log_p = (x @ module.weight.t()).log_softmax(-1).gather(1, routing.experts)
@@ -73,7 +77,7 @@ def test_straight_through_gate_is_one_with_the_gradient_of_log_p() -> None:
 def test_scores_are_computed_in_fp32(dtype: torch.dtype) -> None:
     module = router(top_k=2, bias=True).to(dtype)
     x = tokens().to(dtype)
-    routing = module(x)
+    routing = route(module, x)
     scores = x.float() @ module.weight.float().t()
     p, _ = scores.softmax(-1).sort(descending=True, stable=True)
     assert routing.gates.dtype == torch.float32
@@ -100,7 +104,7 @@ def kept_by_loop(experts: list[list[int]], num_experts: int, capacity: int) -> l
 @pytest.mark.parametrize(("top_k", "factor"), [(1, 0.5), (1, 1.0), (2, 0.9), (3, 0.4), (3, 9.0)])
 def test_capacity_keeps_first_choices_of_early_tokens(top_k: int, factor: float) -> None:
     module = router(top_k=top_k, capacity_factor=factor)
-    routing = module(tokens().float())
+    routing = route(module, tokens().float())
     capacity = math.ceil(round(factor * top_k * 40, 6) / 6)
     wanted = kept_by_loop(routing.experts.tolist(), 6, capacity)
     assert routing.kept is not None
@@ -114,7 +118,7 @@ def test_capacity_keeps_first_choices_of_early_tokens(top_k: int, factor: float)
 def test_second_choices_wait_for_all_first_choices() -> None:
     module = router(2, 2, top_k=2, capacity_factor=0.5)
     # Capacity 1: expert 0 is the first choice of token 1 and the second choice of token 0.
-    routing = module(set_probabilities(module, [[0.3, 0.7], [0.6, 0.4]]))
+    routing = route(module, set_probabilities(module, [[0.3, 0.7], [0.6, 0.4]]))
     assert routing.kept is not None
     assert routing.kept.tolist() == [[True, False], [True, False]]
 
@@ -122,10 +126,10 @@ def test_second_choices_wait_for_all_first_choices() -> None:
 def test_capacity_is_exact_in_decimals() -> None:
     module = router(1, capacity_factor=0.7)
     # 0.7 * 10 is 7, but 7.000000000000001 and so rounded up to 8 if floats were multiplied last.
-    kept = module(tokens(10).float()).kept
+    kept = route(module, tokens(10).float()).kept
     assert kept is not None
     assert int(kept.sum()) == 7
-    kept = router(10, std=0.0, capacity_factor=1.1)(tokens(100).float()).kept
+    kept = route(router(10, std=0.0, capacity_factor=1.1), tokens(100).float()).kept
     assert kept is not None
     assert int(kept.sum()) == 11
     assert math.ceil(1.1 * 100 / 10) == 12
@@ -134,24 +138,24 @@ def test_capacity_is_exact_in_decimals() -> None:
 def test_evaluation_has_its_own_capacity() -> None:
     module = router(std=0.0, capacity_factor=1.0, eval_capacity_factor=2.0)
     x = tokens(60).float()
-    assert int(module(x).statistics["dropped"]) == 50
-    assert int(module.eval()(x).statistics["dropped"]) == 40
-    assert router(capacity_factor=1.0).eval()(x).kept is None
+    assert int(route(module, x).statistics["dropped"]) == 50
+    assert int(route(module.eval(), x).statistics["dropped"]) == 40
+    assert route(router(capacity_factor=1.0).eval(), x).kept is None
 
 
 def test_jitter_multiplies_the_input_in_training_alone() -> None:
     module = router(jitter=0.3, top_k=2)
     x = tokens(500).float()
     torch.manual_seed(5)
-    routing = module(x)
+    routing = route(module, x)
     torch.manual_seed(5)
     noise = torch.empty_like(x).uniform_(0.7, 1.3)
     assert float(noise.min()) < 0.705
     assert float(noise.max()) > 1.295
     without = router(top_k=2)
-    assert torch.equal(routing.gates, without(x * noise).gates)
-    assert not torch.equal(module(x).gates, routing.gates)
-    assert torch.equal(module.eval()(x).gates, without(x).gates)
+    assert torch.equal(routing.gates, route(without, x * noise).gates)
+    assert not torch.equal(route(module, x).gates, routing.gates)
+    assert torch.equal(route(module.eval(), x).gates, route(without, x).gates)
 
 
 def test_balance_loss_is_that_of_the_switch_transformer() -> None:
@@ -159,7 +163,7 @@ def test_balance_loss_is_that_of_the_switch_transformer() -> None:
     module = router(3, 3, balance_loss=0.5)
     x = set_probabilities(module, [[0.6, 0.3, 0.1], [0.5, 0.1, 0.4], [0.1, 0.7, 0.2]])
     wanted = 3 * (2 / 3 * 1.2 / 3 + 1 / 3 * 1.1 / 3)
-    routing = module(x)
+    routing = route(module, x)
     assert routing.auxiliary_loss.item() == pytest.approx(0.5 * wanted)
     assert float(routing.statistics["balance_loss"]) == pytest.approx(3 * wanted)
     assert routing.statistics["expert_tokens"].tolist() == [2, 1, 0]
@@ -170,17 +174,17 @@ def test_balance_loss_is_that_of_the_switch_transformer() -> None:
 def test_balance_loss_is_one_for_even_loads_and_largest_for_one_expert(top_k: int) -> None:
     even = router(4, 4, top_k=top_k, balance_loss=1.0)
     rows = [[0.4 if e in (n, (n + 1) % 4) else 0.1 for e in range(4)] for n in range(4)]
-    assert even(set_probabilities(even, rows)).auxiliary_loss.item() == pytest.approx(1.0)
+    assert route(even, set_probabilities(even, rows)).auxiliary_loss.item() == pytest.approx(1.0)
     one = router(4, 1, top_k=top_k, balance_loss=1.0)
     rows = [[0.98, 0.01, 0.006, 0.004]]
-    loss = one(set_probabilities(one, rows)).auxiliary_loss.item()
+    loss = route(one, set_probabilities(one, rows)).auxiliary_loss.item()
     assert loss == pytest.approx(4 * (0.98 if top_k == 1 else (0.98 + 0.01) / 2))
 
 
 def test_losses_and_their_gradients_follow_the_formulas() -> None:
     module = router(top_k=2, balance_loss=0.3, z_loss=0.7, bias=True).double()
     x = tokens()
-    routing = module(x)
+    routing = route(module, x)
     scores = x @ module.weight.t() + module.bias
     share = torch.tensor([float((routing.experts == e).sum()) / 80 for e in range(6)]).double()
     balance = 6 * (share * scores.softmax(-1).mean(0)).sum()
@@ -200,11 +204,11 @@ def test_losses_and_their_gradients_follow_the_formulas() -> None:
 def test_selection_biases_change_the_choice_and_not_the_gates() -> None:
     module = router(3, 1, balance_rate=0.25)
     x = set_probabilities(module, [[0.5, 0.3, 0.2]])
-    assert module(x).experts.tolist() == [[0]]
+    assert route(module, x).experts.tolist() == [[0]]
     module.update_balance(torch.tensor([3.0, 0.0, 0.0]))
     assert module.balance is not None
     assert module.balance.tolist() == [-0.25, 0.25, 0.25]
-    routing: Routing = module(x)
+    routing: Routing = route(module, x)
     assert routing.experts.tolist() == [[1]]
     torch.testing.assert_close(routing.gates.tolist(), [[0.3]])
     module.update_balance(torch.tensor([1, 1, 1]))
@@ -219,7 +223,7 @@ def test_improbable_experts_chosen_by_biases_have_finite_gates() -> None:
         x = torch.ones(1, 1)
         module.weight.data = torch.tensor([[400.0], [0.0], [-1.0]])
         module.balance = torch.tensor([0.0, 5.0, 5.0])
-        routing = module(x)
+        routing = route(module, x)
         assert routing.experts[0, 0] == 1
         assert bool(torch.isfinite(routing.gates).all())
         routing.gates[:, 0].sum().backward()
@@ -232,7 +236,7 @@ def test_selection_biases_even_out_loads() -> None:
     module.bias.data[0] = 3.0
     ratios = []
     for step in range(300):
-        loads = module(tokens(800, seed=step).float()).statistics["expert_tokens"]
+        loads = route(module, tokens(800, seed=step).float()).statistics["expert_tokens"]
         ratios.append(float(loads.max() / loads.mean()))
         module.update_balance(loads)
     assert ratios[0] > 4
@@ -258,7 +262,7 @@ def test_tokens_that_are_not_numbers_have_different_experts_too() -> None:
     """A broken micro-batch is for the engine's guard to refuse, not for an index error."""
     x = tokens(3).float()
     x[1] = math.nan
-    routing = router(4, top_k=3, capacity_factor=1.0)(x)
+    routing = route(router(4, top_k=3, capacity_factor=1.0), x)
     assert all(len({*chosen}) == 3 and max(chosen) < 4 for chosen in routing.experts.tolist())
     assert bool(torch.isnan(routing.gates).any(1).equal(torch.tensor([False, True, False])))
 
@@ -267,3 +271,11 @@ def test_start_values_follow_the_generator() -> None:
     assert torch.equal(router(seed=3).weight, router(seed=3).weight)
     assert not torch.equal(router(seed=3).weight, router(seed=4).weight)
     assert router(64, 256, std=0.02).weight.std().item() == pytest.approx(0.02, rel=0.02)
+
+
+def test_keeps_all_switches_dropping_off() -> None:
+    module = router(2, 2, capacity_factor=0.5, eval_capacity_factor=0.5).eval()
+    x = tokens(10, 2).float()
+    assert int(route(module, x).statistics["dropped"]) > 0
+    keep_all_tokens(torch.nn.ModuleList([module]))
+    assert int(route(module, x).statistics["dropped"]) == 0
