@@ -32,6 +32,7 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.layer --quick
+	$(BIN)/python -m benchmarks.moe --experts 8 --rounds 3
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("mpotrain needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
