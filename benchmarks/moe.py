@@ -330,7 +330,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--tokens", type=int, default=4096, help="rows over all experts")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds")
+    parser.add_argument(
+        "--rounds", type=int, choices=range(2, 100), default=7, metavar="N", help="timed rounds"
+    )
     parser.add_argument(
         "--dtypes", nargs="+", choices=sorted(TORCH_DTYPES), default=["bf16", "fp32"]
     )

@@ -66,6 +66,7 @@ class RunConfig:
             *self.data.problems("data"),
             *self.train.problems("train"),
             *self.checkpoint.problems("checkpoint"),
+            *self.parallel.problems("parallel"),
             *engine_problems(self.engine, world_size, "engine"),
         ]
         if self.data.sequence_length > self.model.context_length:
@@ -73,17 +74,17 @@ class RunConfig:
                 f"data.sequence_length: {self.data.sequence_length} is longer than "
                 f"model.context_length {self.model.context_length}"
             )
-        found += self._expert_problems(self.model.moe)
+        found += self._expert_problems(self.model.moe, world_size)
         if world_size is not None:
             found += batch_problems(
                 self.train.global_batch_size, self.train.micro_batch_size, world_size, self.parallel
             )
         return found
 
-    def _expert_problems(self, moe: MoEConfig | None) -> list[str]:
+    def _expert_problems(self, moe: MoEConfig | None, world_size: int | None) -> list[str]:
         """Return what is wrong between mixtures, the engine and the mask of central tensors."""
         num_experts = None if moe is None else moe.num_experts
-        found = expert_problems(self.engine, self.parallel.expert, num_experts)
+        found = expert_problems(self.engine, self.parallel.expert, num_experts, world_size)
         if self.train.central_mask.probability > 0 and not self.model.has_central_tensors():
             found.append(
                 f"train.central_mask.probability: {self.train.central_mask.probability}, but no "

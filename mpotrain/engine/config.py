@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -91,7 +92,10 @@ EngineConfig = Annotated[LocalConfig | DeepSpeedConfig, Field(discriminator="kin
 
 
 def expert_problems(
-    engine: LocalConfig | DeepSpeedConfig, expert_ranks: int, num_experts: int | None
+    engine: LocalConfig | DeepSpeedConfig,
+    expert_ranks: int,
+    num_experts: int | None,
+    world_size: int | None = None,
 ) -> list[str]:
     """Return why experts cannot be spread as asked, one line each.
 
@@ -99,8 +103,11 @@ def expert_problems(
         engine: the engine section.
         expert_ranks: `parallel.expert`.
         num_experts: experts of each mixture; None = the model has no mixture.
+        world_size: number of processes where it is known.
     """
     where = "parallel.expert"
+    if expert_ranks < 1:  # said by the section itself
+        return []
     if num_experts is None:
         if expert_ranks == 1:
             return []
@@ -108,11 +115,18 @@ def expert_problems(
     if expert_ranks == 1:
         return []
     found = []
+    # What divides both divides their greatest common divisor.
+    common = gcd(num_experts, world_size or num_experts)
+    possible = ", ".join(str(d) for d in range(1, common + 1) if common % d == 0)
     if num_experts % expert_ranks:
-        choices = [d for d in range(1, num_experts + 1) if num_experts % d == 0]
         found.append(
             f"{where}: {expert_ranks} ranks do not divide the {num_experts} experts "
-            f"(model.moe.num_experts); possible: {', '.join(map(str, choices))}"
+            f"(model.moe.num_experts); possible: {possible}"
+        )
+    if world_size is not None and world_size % expert_ranks:
+        found.append(
+            f"{where}: {expert_ranks} ranks do not divide the world of {world_size}; possible: "
+            f"{possible}"
         )
     if isinstance(engine, LocalConfig):
         found.append(

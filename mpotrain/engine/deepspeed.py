@@ -232,19 +232,22 @@ class DeepSpeedEngine:
 
     def _initialize(self) -> None:
         self._deepspeed = start_deepspeed(self.world)
-        # DeepSpeed rounds the model to bf16 before it copies the masters: keep what was lost.
-        exact = {
-            name: host_copy(p)
-            for name, p in [*self._parameters.items(), *self.model.named_buffers()]
-            if self._config.dtype == "bf16"
+        # DeepSpeed rounds the model to bf16 before it copies the masters: keep what is lost.
+        rounded = self._config.dtype == "bf16"
+        spread = {
+            name: parameter
+            for name, parameter in self._parameters.items()
+            if self._experts.degree > 1 and experts_of(parameter)
         }
+        exact = {name: host_copy(p) for name, p in spread.items() if rounded}
         # Other ranks' experts never reach the device.
         self._experts.cut()
         self._experts.mark(self._optimizer)
         self.model.to(self.world.device)
-        for parameter in self._parameters.values():
-            if not (self._experts.degree > 1 and experts_of(parameter)):
-                self.world.broadcast(parameter.data)
+        for name, tensor in [*self._parameters.items(), *self.model.named_buffers()]:
+            if name not in spread:
+                self.world.broadcast(tensor.data)
+                exact |= {name: host_copy(tensor)} if rounded else {}
         self._engine: Any = self._deepspeed.initialize(
             model=LossModule(
                 self.model,

@@ -97,24 +97,17 @@ def batch_problems(
         global_batch_size: sequences in an optimizer step.
         micro_batch_size: sequences in one forward pass of one rank.
         world_size: number of processes that were started.
-        parallel: expected degrees, checked against the world.
+        parallel: expected number of data-parallel ranks, checked against the world.
 
     Returns:
         One line for each problem, beginning with its dotted key; empty when all fits.
     """
-    found = [] if parallel is None else parallel.problems("parallel")
+    found = []
     expected = None if parallel is None else parallel.data
-    if not found and expected is not None and expected != world_size:
+    if expected is not None and expected != world_size:
         found.append(
             f"parallel.data: {expected} ranks are expected, but the world has {world_size}; start "
             f"{expected} processes, or change parallel.data to {world_size}"
-        )
-    experts = 1 if parallel is None else parallel.expert
-    if experts > 1 and world_size % experts:
-        choices = _divisors_near(world_size, experts)
-        found.append(
-            f"parallel.expert: {experts} ranks do not divide the world of {world_size}; nearest "
-            f"possible: {_either(choices)}"
         )
     return found + _division_problems(global_batch_size, micro_batch_size, world_size)
 

@@ -125,6 +125,8 @@ def human_bytes(count: int) -> str:
     value = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024:
-            return f"{value:.3g} {unit}" if unit != "B" else f"{count} B"
+            if unit == "B":
+                return f"{count} B"
+            return f"{value:.0f} {unit}" if value >= 999.5 else f"{value:.3g} {unit}"
         value /= 1024
     return f"{value:.3g} TiB"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from mpotrain.errors import SpecError
-from mpotrain.tensor.spec import MPOSpec
+from mpotrain.tensor.spec import MPOSpec, exact_bonds
 
 
 @dataclass(frozen=True)
@@ -108,15 +108,17 @@ def asymmetric_spec(
                 f"{', '.join(map(str, near))}"
             )
     bonds = (in_mode if in_bond is None else in_bond, out_mode if out_bond is None else out_bond)
-    for side, bond, mode in (("in", bonds[0], in_mode), ("out", bonds[1], out_mode)):
-        if not 1 <= bond <= max(mode, 1):
-            problems.append(f"{side}_bond {bond} must be 1 to {side}_mode {mode}")
     if problems:
         raise SpecError("\n".join(problems))
-    return MPOSpec(
-        (in_mode, in_features // in_mode, 1),
-        (1, out_features // out_mode, out_mode),
-        bonds,
-        in_features,
-        out_features,
-    )
+    modes = (in_mode, in_features // in_mode, 1), (1, out_features // out_mode, out_mode)
+    for side, bond, mode, most in zip(
+        ("in", "out"), bonds, (in_mode, out_mode), exact_bonds(*modes), strict=True
+    ):
+        if not 1 <= bond <= most:
+            problems.append(
+                f"{side}_bond {bond} (absent = {side}_mode {mode}) must be 1 to {most}; set "
+                f"{side}_bond={most}"
+            )
+    if problems:
+        raise SpecError("\n".join(problems))
+    return MPOSpec(*modes, bonds, in_features, out_features)

@@ -75,7 +75,7 @@ class MPOSpec:
             elif bond > most and not self.allow_redundant_bonds:
                 problems.append(
                     f"bond {k} is {bond} but at most {most} is possible between cores {k} and "
-                    f"{k + 1}; lower it, or set allow_redundant_bonds"
+                    f"{k + 1}; lower it"
                 )
         return problems
 

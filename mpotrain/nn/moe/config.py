@@ -47,7 +47,7 @@ class RouterConfig:
     """Most tokens of an expert over the even share, in training; later tokens of the micro-batch
     are dropped. Absent = no token is dropped."""
     eval_capacity_factor: float | None = None
-    """The same in evaluation and generation."""
+    """The same in evaluation; generation never drops a token."""
 
     def problems(self, where: str, num_experts: int) -> list[str]:
         """Return everything wrong with the router, one line each.

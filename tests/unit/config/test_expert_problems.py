@@ -52,8 +52,14 @@ def test_world_that_the_degree_does_not_divide() -> None:
     run = run_of("gpt2-small-mpoe8", "parallel.expert=4")
     assert run.problems(8) == []
     (line,) = [line for line in run.problems(6) if line.startswith("parallel.expert")]
-    assert "4 ranks do not divide the world of 6" in line
-    assert "3 or 6" in line
+    # 3 and 6 divide the world, but not the 8 experts.
+    assert line.endswith("4 ranks do not divide the world of 6; possible: 1, 2")
+
+
+@pytest.mark.parametrize("degree", [0, -1])
+def test_degrees_below_one_are_refused_by_name(degree: int) -> None:
+    with pytest.raises(ConfigError, match=f"parallel.expert: {degree} ranks; give at least 1"):
+        run_of("gpt2-small-mpoe8", f"parallel.expert={degree}")
 
 
 def test_run_file_names_every_mistake_at_once() -> None:

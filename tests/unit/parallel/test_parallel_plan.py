@@ -59,8 +59,10 @@ def test_world_is_checked_against_the_run_file() -> None:
     assert line.startswith("parallel.data: 8 ranks are expected, but the world has 4")
     assert batch_problems(16, 2, 4, ParallelConfig(data=4)) == []
     assert batch_problems(16, 2, 4, ParallelConfig()) == []
-    (line,) = batch_problems(16, 2, 4, ParallelConfig(data=0))
-    assert line.startswith("parallel.data: 0 ranks")
+    assert ParallelConfig(data=0, expert=-1).problems("parallel") == [
+        "parallel.data: 0 ranks; give at least 1, or leave it out",
+        "parallel.expert: -1 ranks; give at least 1",
+    ]
 
 
 @pytest.mark.parametrize(
