@@ -180,7 +180,7 @@ class GroupedLinear(torch.autograd.Function):
                     weight_gradients(gradient[rows], x[rows], chunk.counts)
                 )
                 d_central, left[experts], right[experts] = rebuilder.project(product, half, experts)
-                central += d_central
+                _accumulate(central, d_central)
                 del product, d_central
             if dx is not None:
                 weight = rebuilder.weight(half, experts, x.dtype)
@@ -191,6 +191,25 @@ class GroupedLinear(torch.autograd.Function):
             found = [central.to(cores[0].dtype), *_side_gradients(rebuilder, left, right)]
         db = sum_of_rows(gradient, ctx.counts, ctx.bias_dtype) if ctx.needs_input_grad[1] else None
         return (dx, db, None, None, *found)
+
+
+_BLOCK = 1 << 16
+"""Elements of a sum that are widened at a time: they stay in the cache."""
+
+
+def _accumulate(total: Tensor, part: Tensor) -> None:
+    """Add `part` to `total`, which may be wider and is contiguous like it.
+
+    A CPU adds tensors of two dtypes by widening one of them as a whole first, into fresh memory;
+    block by block that costs a third.
+    """
+    if total.dtype == part.dtype or total.is_cuda:
+        total += part
+        return
+    for wide, narrow in zip(
+        total.view(-1).split(_BLOCK), part.reshape(-1).split(_BLOCK), strict=True
+    ):
+        wide += narrow
 
 
 def _side_gradients(rebuilder: _Rebuilder, left: Tensor, right: Tensor) -> list[Tensor]:

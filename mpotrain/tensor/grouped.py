@@ -87,7 +87,8 @@ def weight_gradients(gradient: Tensor, rows: Tensor, counts: Sequence[int]) -> T
             return result
         # The kernel may leave the result of an empty group as it was allocated.
         return result.index_fill_(0, torch.tensor(empty, device=rows.device), 0)
-    result = rows.new_zeros(shape)
+    # Every expert with rows is written as a whole.
+    result = rows.new_empty(shape) if all(counts) else rows.new_zeros(shape)
     for expert, start, end in row_ranges(counts):
         torch.mm(rows[start:end].t(), gradient[start:end], out=result[expert])
     return result
@@ -120,7 +121,7 @@ def rows_gradients(
         d_rows = rows_times(gradient, weight.mT, counts) if wants[0] else None
         return d_rows, weight_gradients(gradient, rows, counts) if wants[1] else None
     d_rows = rows.new_empty(rows.shape)
-    d_weight = rows.new_zeros(weight.shape)
+    d_weight = rows.new_empty(weight.shape) if all(counts) else rows.new_zeros(weight.shape)
     for expert, start, end in row_ranges(counts):
         part = gradient[start:end]
         torch.mm(rows[start:end].t(), part, out=d_weight[expert])

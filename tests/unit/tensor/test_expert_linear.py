@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mpotrain.tensor import expert_grouped
 from mpotrain.tensor.contract import rebuild
+from mpotrain.tensor.expert_grouped import _accumulate
 from mpotrain.tensor.expert_linear import expert_linear
 from mpotrain.tensor.expert_plan import plan_experts
 from mpotrain.tensor.experts import asymmetric_spec, auxiliary_shapes
@@ -347,3 +348,11 @@ def test_rebuilding_never_holds_more_experts_than_the_chunk(monkeypatch):
     plan = replace(plan_experts(spec, 5, 5, "fp32", CPU, "grouped"), chunk=2)
     expert_linear(x, central, auxiliaries, spec, counts, plan, bias).backward(dy)
     assert seen == [2, 2, 2, 2]
+
+
+def test_sums_of_two_dtypes_are_plain_sums() -> None:
+    total = torch.randn(3, 70_001)
+    part = torch.randn(3, 70_001).bfloat16()
+    wanted = total + part
+    _accumulate(total, part)
+    assert torch.equal(total, wanted)
