@@ -158,7 +158,7 @@ def markdown_table(summaries: Sequence[Summary]) -> str:
     ]
     for s in summaries:
         difference = "-"
-        if s.variant != BASELINE:
+        if s.variant != BASELINE and not math.isnan(s.difference):
             difference = _with_deviation(f"{s.difference:+.4f}", s.difference_std)
         load = "-" if s.largest_load is None else f"{s.largest_load:.2f} x even"
         lines.append(

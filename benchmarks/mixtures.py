@@ -138,6 +138,8 @@ def main() -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     out: Path = options.out
+    # Settings that cannot run are refused before the text is prepared.
+    _runs(out, options, options.vocab_size)
     _check_settings(out, options)
     manifest = prepare(
         PrepareConfig(
@@ -152,19 +154,7 @@ def _compare(options: argparse.Namespace) -> None:
         ),
         progress=True,
     )
-    shared = [
-        f'data.sources=[{{path="{(out / "data").as_posix()}"}}]',
-        f"model.vocab_size={manifest.tokenizer.vocab_size}",
-        f"train.steps={options.steps}",
-        f"train.eval_every={options.steps}",
-        f"checkpoint.every={max(options.steps // 2, 1)}",
-        *options.set,
-    ]
-    runs = [
-        _run(out, variant, seed, shared)
-        for seed in range(1, options.seeds + 1)
-        for variant in options.variants
-    ]
+    runs = _runs(out, options, manifest.tokenizer.vocab_size)
     train_all(runs, options.jobs)
     variants = [read_variant(run.variant, run.config) for run in runs]
     figures = [
@@ -172,6 +162,22 @@ def _compare(options: argparse.Namespace) -> None:
     ]
     first = [v for run, v in zip(runs, variants, strict=True) if run.seed == 1]
     _write(out, options, manifest.digest, figures, first)
+
+
+def _runs(out: Path, options: argparse.Namespace, vocab_size: int) -> list[Run]:
+    shared = [
+        f'data.sources=[{{path="{(out / "data").as_posix()}"}}]',
+        f"model.vocab_size={vocab_size}",
+        f"train.steps={options.steps}",
+        f"train.eval_every={options.steps}",
+        f"checkpoint.every={max(options.steps // 2, 1)}",
+        *options.set,
+    ]
+    return [
+        _run(out, variant, seed, shared)
+        for seed in range(1, options.seeds + 1)
+        for variant in options.variants
+    ]
 
 
 def _run(out: Path, variant: str, seed: int, shared: Sequence[str]) -> Run:

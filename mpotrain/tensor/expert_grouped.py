@@ -201,15 +201,14 @@ def _accumulate(total: Tensor, part: Tensor) -> None:
     """Add `part` to `total`, which may be wider and is contiguous like it.
 
     A CPU adds tensors of two dtypes by widening one of them as a whole first, into fresh memory;
-    block by block that costs a third.
+    blocks of it stay in the cache.
     """
     if total.dtype == part.dtype or total.is_cuda:
         total += part
         return
-    for wide, narrow in zip(
-        total.view(-1).split(_BLOCK), part.reshape(-1).split(_BLOCK), strict=True
-    ):
-        wide += narrow
+    wide, narrow = torch.split(total.view(-1), _BLOCK), torch.split(part.reshape(-1), _BLOCK)
+    for block, addend in zip(wide, narrow, strict=True):
+        block += addend
 
 
 def _side_gradients(rebuilder: _Rebuilder, left: Tensor, right: Tensor) -> list[Tensor]:
