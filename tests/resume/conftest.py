@@ -1,5 +1,6 @@
 """Data and the uninterrupted reference run that the tests of this folder share."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,5 +24,6 @@ def straight_run(markov_data: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def new_run(markov_data: Path, tmp_path: Path) -> Callable[[], Path]:
-    """Write a run file with a run folder of its own."""
-    return lambda: write_run(tmp_path, markov_data)
+    """Write a run file with a run folder of its own, another one at every call."""
+    numbers = itertools.count()
+    return lambda: write_run(tmp_path / f"run-{next(numbers)}", markov_data)
