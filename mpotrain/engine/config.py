@@ -18,8 +18,8 @@ class CentralMaskConfig:
     """Random rest of the central tensors, so that auxiliaries learn more often (Gao et al. 2022).
 
     A masked tensor keeps its value, its moments and its update counter bit for bit (a masked
-    element its value and moments). The draws are
-    a function of (seed, step, tensor), so every rank takes the same decision.
+    element its value and moments). The draws are a function of (seed, step, tensor), so every rank
+    takes the same decision.
     """
 
     probability: float = 0.0
@@ -106,14 +106,10 @@ def expert_problems(
         world_size: number of processes where it is known.
     """
     where = "parallel.expert"
-    if expert_ranks < 1:  # said by the section itself
+    if expert_ranks <= 1:  # below 1 the section itself says so
         return []
     if num_experts is None:
-        if expert_ranks == 1:
-            return []
         return [f"{where}: {expert_ranks}, but the model has no mixture of experts (model.moe)"]
-    if expert_ranks == 1:
-        return []
     found = []
     # What divides both divides their greatest common divisor.
     common = gcd(num_experts, world_size or num_experts)

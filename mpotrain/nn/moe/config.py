@@ -166,9 +166,7 @@ class AsymmetricExpertSite:
     plan: ExpertPlanChoice = "auto"
     """Execution: the cheapest by the cost model, or one kind by name."""
     merge_precision: MergePrecision = "fp32"
-    """Precision in which cores are merged and gradients projected on them; `compute` = that of the
-    activations, as the released code: several times faster where experts are rebuilt in bf16, with
-    about twice the rounding error."""
+    """See the mpo kind."""
 
     def spec(self, in_features: int, out_features: int) -> MPOSpec:
         """Return the three-core operator of one expert.
