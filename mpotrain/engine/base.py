@@ -28,7 +28,7 @@ from mpotrain.parallel.ranks import World
 WEIGHT = "weight"
 """Kind of a `StateTensor` entry: the fp32 master weight."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Kinds of `StateTensor` entries that AdamW adds: first and second moment, fp32."""
+"""Kinds of `StateTensor` entries that AdamW and LAMB add: first and second moment, fp32."""
 
 StepGuard = Callable[[float, float], str | None]
 """Called as guard(loss, gradient norm) before an update; a text is the reason to skip it."""
@@ -68,10 +68,13 @@ class EvalResult:
     Attributes:
         loss_sum: sum of the losses of all targets (nats).
         num_tokens: number of those targets.
+        statistics: the model's sums over all sequences by name (`LossOutput.statistics`), float64
+            on the host, the same on every rank; empty where the model has none.
     """
 
     loss_sum: float
     num_tokens: int
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:

@@ -36,6 +36,7 @@ from mpotrain.engine.gradients import (
     squares_by_role,
     total_norm,
 )
+from mpotrain.engine.layerwise import Layerwise, map_layers
 from mpotrain.engine.state import host_copy
 from mpotrain.engine.statistics import (
     StatisticsSum,
@@ -66,7 +67,7 @@ class DeepSpeedEngine:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.AdamW,
+        optimizer: torch.optim.Optimizer,
         *,
         config: DeepSpeedConfig,
         world: World,
@@ -84,7 +85,8 @@ class DeepSpeedEngine:
             model: returns a `LossOutput` for a `Batch`; fp32 parameters with the same values on
                 all ranks. Every parameter takes part in every micro-batch, and sub-modules pass
                 tensors (or tuples, lists, dicts of them): stage 3 sees no others.
-            optimizer: AdamW over the model's parameters; groups carry "lr_factor".
+            optimizer: AdamW, or another with the same state, over the model's parameters; groups
+                carry "lr_factor".
             config: the engine section.
             world: an initialised world with a process group.
             seed: seed of the run, for dropout.
@@ -172,9 +174,9 @@ class DeepSpeedEngine:
     def evaluate(self, batches: Iterable[Batch]) -> EvalResult:
         """Return the loss over all ranks' batches; see `Engine.evaluate`."""
 
-        def forward(batch: Batch) -> Tensor:
-            loss_sum: Tensor = self._engine(batch)[1]
-            return loss_sum
+        def forward(batch: Batch) -> tuple[Tensor, Mapping[str, Tensor] | None]:
+            _, loss_sum, counted = self._engine(batch)
+            return loss_sum, counted
 
         split = self._config.zero_stage == 3 or self._experts.degree > 1
         return evaluate_batches(
@@ -262,6 +264,17 @@ class DeepSpeedEngine:
         self._partition = partition_of(
             self._engine, self._config.zero_stage, self.world, self._experts
         )
+        if isinstance(self._optimizer, Layerwise):
+            self._optimizer.use_layers(
+                map_layers(
+                    [flat for _, flat in self._partition.flats()],
+                    self._parameters,
+                    self._shapes,
+                    self._fragment,
+                    self.world,
+                    shared=self._partition.shared,
+                )
+            )
         if exact:
             self.import_state(lambda name: {WEIGHT: exact[name]}, 0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -10,22 +10,26 @@ from torch import Tensor, nn
 
 from mpotrain.batch import Batch
 from mpotrain.engine.base import EvalResult
+from mpotrain.engine.statistics import StatisticsSum
 from mpotrain.parallel.ranks import World
+
+Forward = Callable[[Batch], tuple[Tensor, Mapping[str, Tensor] | None]]
+"""Returns the summed loss of a batch and the model's statistics of it."""
 
 
 def evaluate_batches(
     model: nn.Module,
-    forward: Callable[[Batch], Tensor],
+    forward: Forward,
     batches: Iterable[Batch],
     world: World,
     *,
     lockstep: bool,
 ) -> EvalResult:
-    """Sum the losses of all ranks' batches.
+    """Sum the losses and the statistics of all ranks' batches.
 
     Args:
         model: switched to evaluation for the time and back.
-        forward: returns the summed loss of a batch.
+        forward: computes a batch.
         batches: this rank's part.
         world: the ranks.
         lockstep: forward passes are collective (split weights), so a rank that has run out goes
@@ -36,21 +40,35 @@ def evaluate_batches(
     """
     was_training = model.training
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    statistics = StatisticsSum(world.device)
     model.eval()
     try:
         with torch.no_grad():
-            for batch in _in_lockstep(batches, world) if lockstep else batches:
+            for batch, counts in _in_lockstep(batches, world) if lockstep else _alone(batches):
                 here = batch.to(world.device)
-                sums[0] += forward(here).double()
-                sums[1] += here.loss_mask.sum()
+                loss, counted = forward(here)
+                if counts:
+                    sums[0] += loss.double()
+                    sums[1] += here.loss_mask.sum()
+                    statistics.add(counted)
     finally:
         model.train(was_training)
     loss_sum, num_tokens = world.all_reduce_sum(sums).tolist()
-    return EvalResult(loss_sum=loss_sum, num_tokens=int(num_tokens))
+    return EvalResult(loss_sum, int(num_tokens), statistics.over_uneven_ranks(world))
 
 
-def _in_lockstep(batches: Iterable[Batch], world: World) -> Iterator[Batch]:
-    """Yield this rank's batches, then batches without targets until no rank has any left."""
+def _alone(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """Yield this rank's batches; all of them count."""
+    for batch in batches:
+        yield batch, True
+
+
+def _in_lockstep(batches: Iterable[Batch], world: World) -> Iterator[tuple[Batch, bool]]:
+    """Yield this rank's batches, then others' that do not count until no rank has any left.
+
+    A batch that does not count has no targets either, so that a model that looks at the mask does
+    no work for it; what it counts all the same (tokens of experts) is not added up.
+    """
     iterator = iter(batches)
     spare: Batch | None = None
     while True:
@@ -65,5 +83,6 @@ def _in_lockstep(batches: Iterable[Batch], world: World) -> Iterator[Batch]:
             spare = batch
         if batch is None:
             assert spare is not None
-            batch = replace(spare, loss_mask=torch.zeros_like(spare.loss_mask))
-        yield batch
+            yield replace(spare, loss_mask=torch.zeros_like(spare.loss_mask)), False
+        else:
+            yield batch, True

@@ -68,7 +68,7 @@ def check_parameter_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -
 
     Args:
         model: the bare model.
-        optimizer: AdamW over parameter groups with "lr_factor".
+        optimizer: AdamW or LAMB over parameter groups with "lr_factor".
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     counts: dict[int, int] = {}

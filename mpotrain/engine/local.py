@@ -30,6 +30,7 @@ from mpotrain.engine.gradients import (
     squares_by_role,
     total_norm,
 )
+from mpotrain.engine.layerwise import Layerwise, map_layers
 from mpotrain.engine.state import fresh_adam_state, host_copy, read_checked
 from mpotrain.engine.statistics import (
     StatisticsSum,
@@ -55,7 +56,7 @@ class LocalEngine:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.AdamW,
+        optimizer: torch.optim.Optimizer,
         *,
         config: LocalConfig,
         world: World,
@@ -67,7 +68,8 @@ class LocalEngine:
 
         Args:
             model: returns a `LossOutput` for a `Batch`; its parameters are fp32.
-            optimizer: AdamW over the model's parameters; groups carry "lr_factor".
+            optimizer: AdamW, or another with the same state, over the model's parameters; groups
+                carry "lr_factor".
             config: the engine section.
             world: a world of one.
             seed: seed of the run, for dropout.
@@ -98,6 +100,13 @@ class LocalEngine:
         self._clip_norm = clip_norm
         self._mask = CentralMask(central_mask, seed, optimizer.param_groups)
         self._gate = StepGate(optimizer, self._mask, self._fragment)
+        if isinstance(optimizer, Layerwise):
+            parameters = dict(model.named_parameters())
+            shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+            flats = list(parameters.values())
+            optimizer.use_layers(
+                map_layers(flats, parameters, shapes, self._fragment, world, shared=True)
+            )
 
     def step(
         self,
@@ -148,9 +157,9 @@ class LocalEngine:
     def evaluate(self, batches: Iterable[Batch]) -> EvalResult:
         """Return the loss over `batches`; see `Engine.evaluate`."""
 
-        def forward(batch: Batch) -> Tensor:
-            loss_sum: Tensor = self.model(batch).loss_sum
-            return loss_sum
+        def forward(batch: Batch) -> tuple[Tensor, Mapping[str, Tensor] | None]:
+            output: LossOutput = self.model(batch)
+            return output.loss_sum, output.statistics
 
         return evaluate_batches(self.model, forward, batches, self.world, lockstep=False)
 

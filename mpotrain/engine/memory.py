@@ -1,8 +1,8 @@
 """What a rank holds and sends, predicted from sizes alone (no torch).
 
 Bytes for each parameter follow from the engine: fp32 keeps the weight itself as master; 16-bit
-weights have fp32 masters beside them; AdamW keeps two fp32 moments. ZeRO-1 splits masters and
-moments over the ranks, ZeRO-2 gradients too, ZeRO-3 weights too (Rajbhandari et al. 2020).
+weights have fp32 masters beside them; AdamW and LAMB keep two fp32 moments. ZeRO-1 splits masters
+and moments over the ranks, ZeRO-2 gradients too, ZeRO-3 weights too (Rajbhandari et al. 2020).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class StateMemory:
         weights: the weights the model computes with.
         masters: fp32 copies beside 16-bit or flat weights; 0 where the weight is the master.
         gradients: accumulated gradients.
-        moments: both moments of AdamW.
+        moments: both moments of the optimizer.
         buffers: for messages: gradients in flight, weights gathered ahead.
         on_host: part of the above that lives in host memory (offload).
     """

@@ -49,7 +49,7 @@ def read_checked(
 def fresh_adam_state(
     group: Mapping[str, Any], parameter: Tensor, num_updates: int
 ) -> dict[str, Tensor]:
-    """Build the state that `torch.optim.AdamW` holds for a parameter, with zero moments.
+    """Build the state that AdamW and LAMB hold for a parameter, with zero moments.
 
     Args:
         group: the parameter's group; fused and capturable AdamW count on the device.

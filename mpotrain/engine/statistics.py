@@ -1,7 +1,8 @@
 """What a model counts beside its loss: summed over a step, and what follows from it.
 
-The only user today is the router: loads of experts are reported, and selection biases follow them.
-Biases are buffers: state that training changes without a gradient, saved like a parameter.
+Right predictions are reported; so are the loads of experts, and the selection biases of their
+routers follow them. Those biases are buffers: state that training changes without a gradient, saved
+like a parameter.
 """
 
 from __future__ import annotations
@@ -46,6 +47,15 @@ class StatisticsSum:
         return {
             name: part.view(self._sums[name].shape) for name, part in zip(names, parts, strict=True)
         }
+
+    def over_uneven_ranks(self, world: World) -> dict[str, Tensor]:
+        """Return `over_ranks` where some ranks may have added nothing (collective)."""
+        for shapes in world.gather_objects({n: tuple(s.shape) for n, s in self._sums.items()}):
+            for name, shape in shapes.items():
+                if name not in self._sums:
+                    zeros = torch.zeros(shape, dtype=torch.float64, device=self._device)
+                    self._sums[name] = zeros
+        return self.over_ranks(world)
 
 
 def balance_routers(model: nn.Module, statistics: Mapping[str, Tensor]) -> None:

@@ -34,23 +34,51 @@ class AdamWConfig:
 
     def problems(self, where: str) -> list[str]:
         """Return every impossible value, one line each, beginning with the key under `where`."""
-        found = [
-            f"{where}.betas: each must be in [0, 1), is {beta}"
-            for beta in self.betas
-            if not 0 <= beta < 1
-        ]
-        if self.eps <= 0:
-            found.append(f"{where}.eps: must be positive, is {self.eps}")
-        if self.core_lr_factor <= 0:
-            found.append(
-                f"{where}.core_lr_factor: must be positive, is {self.core_lr_factor} "
-                "(1.0 trains cores at the scheduled learning rate)"
-            )
-        for name in ("weight_decay", "core_weight_decay"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                found.append(f"{where}.{name}: must not be negative, is {value}")
+        return _moment_problems(self, where)
+
+
+@config
+class LambConfig:
+    """LAMB (You et al. 2020, arXiv 1904.00962) for large batches, with the factors of AdamW.
+
+    Every layer's update is scaled by its trust, the norm of the layer's weights over that of the
+    update. A layer is one parameter (one core of an operator), or one expert's part of it.
+    """
+
+    kind: Literal["lamb"] = "lamb"
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the first and second moment."""
+    eps: float = 1e-6
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.01
+    """Decay of dense weights of two or more dimensions, embeddings included; part of the update
+    that trust scales."""
+    core_lr_factor: float = 1.0
+    """Factor on the scheduled learning rate for the cores of matrix product operators."""
+    core_weight_decay: float | None = None
+    """Decay of cores; absent: the same as `weight_decay`."""
+    min_trust: float | None = None
+    """Least trust of a layer (MPOBERT: 0.01); absent: no bound."""
+    max_trust: float | None = None
+    """Largest trust of a layer (MPOBERT: 0.3); absent: no bound."""
+    adapt_vectors: bool = False
+    """Scale norms, biases and other one-dimensional parameters too; else their trust is 1, which
+    is plain Adam, as in the LAMB of BERT."""
+
+    def problems(self, where: str) -> list[str]:
+        """Return every impossible value, one line each, beginning with the key under `where`."""
+        found = _moment_problems(self, where)
+        low, high = self.min_trust, self.max_trust
+        if low is not None and low < 0:
+            found.append(f"{where}.min_trust: must not be negative, is {low}")
+        if high is not None and high <= 0:
+            found.append(f"{where}.max_trust: must be positive, is {high} (leave out for none)")
+        elif low is not None and high is not None and low > high:
+            found.append(f"{where}.min_trust: {low} is larger than max_trust {high}")
         return found
+
+
+OptimizerConfig = Annotated[AdamWConfig | LambConfig, Field(discriminator="kind")]
 
 
 @config
@@ -222,7 +250,7 @@ class TrainConfig:
     """Seed of initial weights and dropout."""
     clip_norm: float = 1.0
     """Clip the global gradient norm to this value; 0: no clipping."""
-    optimizer: AdamWConfig = AdamWConfig()
+    optimizer: OptimizerConfig = AdamWConfig()
     """Optimizer."""
     central_mask: CentralMaskConfig = CentralMaskConfig()
     """Random rest of central tensors; probability 0 = every update counts."""
@@ -294,6 +322,26 @@ def _count_problems(train: TrainConfig, where: str) -> list[str]:
         for name, value in values.items()
         if value is not None and value < 1
     ]
+
+
+def _moment_problems(optimizer: AdamWConfig | LambConfig, where: str) -> list[str]:
+    found = [
+        f"{where}.betas: each must be in [0, 1), is {beta}"
+        for beta in optimizer.betas
+        if not 0 <= beta < 1
+    ]
+    if optimizer.eps <= 0:
+        found.append(f"{where}.eps: must be positive, is {optimizer.eps}")
+    if optimizer.core_lr_factor <= 0:
+        found.append(
+            f"{where}.core_lr_factor: must be positive, is {optimizer.core_lr_factor} "
+            "(1.0 trains cores at the scheduled learning rate)"
+        )
+    for name in ("weight_decay", "core_weight_decay"):
+        value = getattr(optimizer, name)
+        if value is not None and value < 0:
+            found.append(f"{where}.{name}: must not be negative, is {value}")
+    return found
 
 
 def _shared_problems(

@@ -1,4 +1,4 @@
-"""Parameters in groups, and the AdamW that updates them.
+"""Parameters in groups, and the optimizer that updates them.
 
 Every group carries its `lr_factor`: the engine sets `group["lr"] = lr * group["lr_factor"]` at
 each step, with the learning rate that the schedule gives.
@@ -14,7 +14,8 @@ from torch import nn
 from mpotrain.engine.central_mask import CENTRAL
 from mpotrain.engine.config import NO_MASK, CentralMaskConfig
 from mpotrain.nn.roles import CORE_ROLES, Role, experts_of, role_of
-from mpotrain.train.config import AdamWConfig
+from mpotrain.train.config import AdamWConfig, LambConfig
+from mpotrain.train.lamb import Lamb
 
 CENTRAL_GROUP = CENTRAL
 """Name of the group of masked central tensors, and how the names of single ones begin."""
@@ -35,7 +36,7 @@ GROUP_NAMES = (
 
 
 def parameter_groups(
-    model: nn.Module, config: AdamWConfig, mask: CentralMaskConfig = NO_MASK
+    model: nn.Module, config: AdamWConfig | LambConfig, mask: CentralMaskConfig = NO_MASK
 ) -> list[dict[str, Any]]:
     """Sort the trainable parameters of a model into optimizer groups.
 
@@ -59,8 +60,9 @@ def parameter_groups(
         Groups in the order of `GROUP_NAMES`, without empty ones, each with `name`, `params` (in
         the order of `named_parameters()`), `lr_factor` and `weight_decay`; `experts` (True) in
         groups of expert parameters, `central` (logical names of `params`) in those of masked
-        central tensors. The order is a function of the model and the configuration alone, so
-        optimizer state can be matched by position.
+        central tensors, and under LAMB `adapt` (whether trust scales the update). The order is a
+        function of the model and the configuration alone, so optimizer state can be matched by
+        position.
     """
     members: dict[str, dict[str, nn.Parameter]] = {name: {} for name in GROUP_NAMES}
     for name, parameter in model.named_parameters():
@@ -78,26 +80,31 @@ def parameter_groups(
 
 def build_optimizer(
     model: nn.Module,
-    config: AdamWConfig,
+    config: AdamWConfig | LambConfig,
     mask: CentralMaskConfig = NO_MASK,
     *,
     device: torch.device | None = None,
-) -> torch.optim.AdamW:
-    """Build AdamW over the parameter groups of a model.
+) -> torch.optim.Optimizer:
+    """Build the optimizer over the parameter groups of a model.
 
     The learning rate starts at zero: nothing moves until the engine has set the scheduled one.
 
     Args:
         model: the bare model.
-        config: moments, decay and factors.
+        config: which optimizer; its moments, decay and factors.
         mask: see `parameter_groups`; the engine makes the draws.
         device: where the parameters will be when they are updated (an engine may move them there
             after it has cut them); by default where they are.
 
     Returns:
-        AdamW; the fused kernel on CUDA, the plain loop elsewhere.
+        LAMB, or AdamW: the fused kernel on CUDA, the plain loop elsewhere.
     """
     groups = parameter_groups(model, config, mask)
+    if isinstance(config, LambConfig):
+        return Lamb(
+            groups, lr=0.0, betas=config.betas, eps=config.eps,
+            min_trust=config.min_trust, max_trust=config.max_trust,
+        )  # fmt: skip
     places = {parameter.device.type for group in groups for parameter in group["params"]}
     fused = (places if device is None else {device.type}) == {"cuda"}
     return torch.optim.AdamW(
@@ -114,8 +121,8 @@ def _group_name(parameter: nn.Parameter, mask: CentralMaskConfig) -> str:
     return f"{'expert_' if per_expert else ''}{family}{'' if decays else '_no_decay'}"
 
 
-def _rule(name: str, config: AdamWConfig) -> dict[str, Any]:
-    """Return learning rate and decay of a group, and the mark of expert parameters."""
+def _rule(name: str, config: AdamWConfig | LambConfig) -> dict[str, Any]:
+    """Return learning rate and decay of a group, and the marks of expert and of adapted ones."""
     per_expert = name.startswith("expert_")
     is_core = name.startswith(CENTRAL_GROUP) or "cores" in name
     decay = config.weight_decay
@@ -125,6 +132,8 @@ def _rule(name: str, config: AdamWConfig) -> dict[str, Any]:
         "lr_factor": config.core_lr_factor if is_core else 1.0,
         "weight_decay": 0.0 if name.endswith("_no_decay") else decay,
     }
+    if isinstance(config, LambConfig):
+        rule["adapt"] = config.adapt_vectors or not name.endswith("_no_decay")
     return rule | {"experts": True} if per_expert else rule
 
 
