@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -11,28 +11,50 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Token sequences with their next-token targets.
+    """Sequences of tokens with what is to be predicted of them.
+
+    The optional fields belong to objectives other than next-token prediction; None means that the
+    whole row is one document, read from position 0 on.
 
     Attributes:
-        inputs: token ids, int64 (B, T).
-        targets: ids to predict, int64 (B, T).
-        loss_mask: which targets count in the loss, bool (B, T).
+        inputs: token ids, int64 (B, T); of the decoder where there is an encoder too.
+        targets: what to predict, int64 (B, T): the next token, or the token that was masked. In
+            fine-tuning (B, 1): the class (int64) or the value (float32) of the whole sequence.
+        loss_mask: which targets count in the loss, bool like `targets`.
         sample_ids: position of each sequence in the global sample order, int64 (B,).
+        document_ids: document of each token of `inputs`, int64 (B, T), from 1 on; 0 is padding.
+            Tokens see those of their own document alone.
+        positions: position of each token of `inputs` in its document, int64 (B, T).
+        token_types: segment of each token of `inputs`, 0 or 1, int64 (B, T).
+        pair_labels: int64 (B, T): at the first token of a pair of segments 0 where they stand in
+            order and 1 where they are swapped; -100 at all other tokens.
+        encoder_inputs: token ids that the encoder reads, int64 (B, S).
+        encoder_document_ids: document of each of them, int64 (B, S), as `document_ids`.
     """
 
     inputs: Tensor
     targets: Tensor
     loss_mask: Tensor
     sample_ids: Tensor
+    document_ids: Tensor | None = None
+    positions: Tensor | None = None
+    token_types: Tensor | None = None
+    pair_labels: Tensor | None = None
+    encoder_inputs: Tensor | None = None
+    encoder_document_ids: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device` (asynchronously where memory is pinned)."""
-        return Batch(
-            inputs=self.inputs.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
-            loss_mask=self.loss_mask.to(device, non_blocking=True),
-            sample_ids=self.sample_ids.to(device, non_blocking=True),
-        )
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory, from where copies to CUDA are asynchronous."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed = {name: change(value) for name, value in given.items() if value is not None}
+        return replace(self, **changed)
 
     @property
     def num_tokens(self) -> int:
@@ -54,8 +76,9 @@ class LossOutput:
         auxiliary_sum: further terms of the training objective (load balancing), already times
             `num_tokens`, scalar (float32); None where there are none. They are part of what is
             differentiated and no part of the reported loss.
-        statistics: sums over this micro-batch by name (loads of experts), detached; an engine adds
-            them up over micro-batches and ranks.
+        statistics: sums over this micro-batch by name (loads of experts, right predictions),
+            detached; an engine adds them up over micro-batches and ranks. A model gives the same
+            names and shapes for every micro-batch of one mode (training or evaluation).
     """
 
     loss_sum: Tensor

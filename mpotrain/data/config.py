@@ -10,6 +10,7 @@ import math
 from os.path import normpath
 from typing import Literal, TypeAlias
 
+from mpotrain.data.objective_config import CausalConfig, ObjectiveConfig
 from mpotrain.schema import config
 
 MIN_TRAINED_VOCAB = 300
@@ -51,6 +52,8 @@ class DataConfig:
     """Fractions of the documents for training, validation and test; they sum to 1."""
     shuffle: bool = True
     """Visit the training samples in a random order, a new one each epoch."""
+    objective: ObjectiveConfig = CausalConfig()
+    """What is predicted: the next token, masked tokens, or dropped spans."""
 
     def problems(self, where: str) -> list[str]:
         """Return every mistake in this section as lines that begin with the dotted key."""
@@ -71,7 +74,8 @@ class DataConfig:
             )
         if not 0 <= self.seed <= MAX_SEED:
             found.append(f"{where}.seed: is {self.seed} but must lie in 0..2^63-1")
-        return found + self._split_problems(f"{where}.split")
+        found += self._split_problems(f"{where}.split")
+        return found + self.objective.problems(f"{where}.objective", self.sequence_length)
 
     def _split_problems(self, where: str) -> list[str]:
         shown = list(self.split)

@@ -16,9 +16,11 @@ import numpy.typing as npt
 
 from mpotrain.data.config import DataConfig
 from mpotrain.data.manifest import MANIFEST_NAME, TokenizerEntry, json_digest
+from mpotrain.data.objective_config import CausalConfig
 from mpotrain.data.order import BLEND_BLOCK, BlendOrder, FeistelPermutation, derive_key
 from mpotrain.data.stream import SPLITS, Split, TokenStream
 from mpotrain.errors import DataError
+from mpotrain.schema import to_dict
 
 
 @lru_cache(maxsize=256)
@@ -27,25 +29,26 @@ def _epoch_order(num_samples: int, seed: int, source: int, epoch: int) -> Feiste
 
 
 class TokenDataset:
-    """Windows of T + 1 tokens over one split of one prepared folder.
+    """Windows of tokens over one split of one prepared folder.
 
-    Window s holds the tokens [s*T, s*T + T] of the stream: neighbours share one token, the last
-    target of one and the first input of the next, so every token but the first is predicted once
-    an epoch. A remainder shorter than a window is left out.
+    Window s begins at token s*stride of the stream and holds stride + overlap tokens. Where next
+    tokens are predicted, neighbours share one token, the last target of one and the first input of
+    the next, so every token but the first is predicted once an epoch. A remainder shorter than a
+    window is left out.
 
     Args:
         folder: folder that `mpotrain prepare` wrote.
         split: which documents.
         seed: seed of the order.
         split_fractions: shares of training, validation and test.
-        sequence_length: T.
+        stride: tokens from one window to the next.
+        overlap: tokens that neighbours share.
         source: number of this folder in a blend; each has its own order.
         shuffle: random order, another one each epoch; otherwise the order of the stream.
         verify: compare the digests of all shards, not only their sizes.
 
     Attributes:
         stream: the tokens.
-        sequence_length: T.
         num_samples: windows of one epoch.
 
     Raises:
@@ -58,15 +61,17 @@ class TokenDataset:
         split: Split,
         seed: int,
         split_fractions: Sequence[float],
-        sequence_length: int,
+        stride: int,
         *,
+        overlap: int = 1,
         source: int = 0,
         shuffle: bool = True,
         verify: bool = False,
     ) -> None:
         self.stream = TokenStream(folder, split, split_fractions, verify=verify)
-        self.sequence_length = sequence_length
-        self.num_samples = max(self.stream.num_tokens - 1, 0) // sequence_length
+        self.num_samples = max(self.stream.num_tokens - overlap, 0) // stride
+        self._stride = stride
+        self._length = stride + overlap
         self._seed = seed
         self._source = source
         self._shuffle = shuffle
@@ -75,7 +80,7 @@ class TokenDataset:
             raise DataError(
                 f"{folder}: the {split} split ({share:g} of {self.stream.manifest.num_documents} "
                 f"documents) holds {self.stream.num_documents} documents with "
-                f"{self.stream.num_tokens} tokens, less than one sample of {sequence_length} + 1; "
+                f"{self.stream.num_tokens} tokens, less than one sample of {self._length}; "
                 "give it a larger fraction (data.split), shorten data.sequence_length, or prepare "
                 "more documents (a text file is one document unless it is taken per line)"
             )
@@ -90,7 +95,7 @@ class TokenDataset:
             index: number of the sample over all epochs, >= 0; there is no end.
 
         Returns:
-            Token ids, int64 (T + 1,).
+            Token ids, int64 (stride + overlap,).
         """
         if index < 0:
             raise IndexError(f"sample {index}: samples are counted from 0")
@@ -100,8 +105,8 @@ class TokenDataset:
         return self.window(number)
 
     def window(self, number: int) -> npt.NDArray[np.int64]:
-        """Return window `number` of the stream, in the order of the stream: int64 (T + 1,)."""
-        return self.stream.read(number * self.sequence_length, self.sequence_length + 1)
+        """Return window `number` of the stream, in the order of the stream."""
+        return self.stream.read(number * self._stride, self._length)
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -116,12 +121,14 @@ class BlendedDataset:
     """Samples of several prepared folders in fixed proportions.
 
     Args:
-        data: which folders with which weights, sequence length, seed, split fractions.
+        data: which folders with which weights, sequence length, seed, split fractions, and the
+            objective, which decides how many tokens a sample takes.
         split: which documents.
         verify: compare the digests of all shards, not only their sizes.
 
     Attributes:
         sources: one dataset for each folder.
+        data: the configuration.
         sequence_length: T.
         split: which documents.
         num_samples: samples of one epoch: how many come before any source begins its second.
@@ -134,7 +141,8 @@ class BlendedDataset:
     def __init__(self, data: DataConfig, split: Split, *, verify: bool = False) -> None:
         self.split = split
         self.sequence_length = data.sequence_length
-        self._data = data
+        self.data = data
+        window = data.objective.window(data.sequence_length)
         try:
             self._order = BlendOrder([source.weight for source in data.sources])
         except ValueError as error:
@@ -145,7 +153,8 @@ class BlendedDataset:
                 split,
                 data.seed,
                 data.split,
-                data.sequence_length,
+                window.stride,
+                overlap=window.overlap,
                 source=number,
                 shuffle=data.shuffle,
                 verify=verify,
@@ -159,7 +168,10 @@ class BlendedDataset:
         )
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
-        """Return the tokens of sample `index` of the run: int64 (T + 1,); there is no end."""
+        """Return the tokens of sample `index` of the run: int64 (L,); there is no end.
+
+        L is what the objective takes: T + 1 where next tokens are predicted.
+        """
         source, within = self._order(index)
         return self.sources[source][within]
 
@@ -170,7 +182,7 @@ class BlendedDataset:
             index: 0 <= index < `num_samples`; within this range no window repeats.
 
         Returns:
-            Token ids, int64 (T + 1,).
+            Token ids, int64 (L,).
         """
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} of {self.num_samples}")
@@ -209,12 +221,15 @@ class BlendedDataset:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """Everything that decides which tokens sample i holds, in JSON types.
+        """Everything that decides which tokens sample i holds and what is masked, in JSON types.
 
         Paths are not part of it: a folder may move. `changes` compares two fingerprints.
         """
-        data = self._data
-        return {
+        data = self.data
+        # Plain next-token prediction is left out: runs recorded before there was a choice go on.
+        plain = data.objective == CausalConfig()
+        objective = {} if plain else {"data.objective": to_dict(data.objective)}
+        return objective | {
             "data.sources": [source.stream.manifest.digest for source in self.sources],
             "data.sources.weight": [count / BLEND_BLOCK for count in self._order.counts],
             "data.sequence_length": data.sequence_length,

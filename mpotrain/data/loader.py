@@ -9,13 +9,12 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from mpotrain.batch import Batch
+from mpotrain.data.causal import CausalObjective
+from mpotrain.data.collation import PADDING_ID as PADDING_ID
+from mpotrain.data.collation import Objective, stack_samples
 from mpotrain.parallel.plan import batch_layout
-
-PADDING_ID = -1
-"""Sample number of a row that is there only to fill a batch."""
 
 
 class SampleSource(Protocol):
@@ -23,17 +22,20 @@ class SampleSource(Protocol):
 
     @property
     def sequence_length(self) -> int:
-        """Tokens of a sample (T); it holds one more."""
+        """Length of the sequences that a network reads (T)."""
 
     @property
     def num_samples(self) -> int:
         """Samples of one epoch."""
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
-        """Return sample `index` of the endless training order: int64 (T + 1,)."""
+        """Return sample `index` of the endless training order: int64 (L,).
+
+        L is the objective's: T + 1 where next tokens are predicted.
+        """
 
     def fixed(self, index: int) -> npt.NDArray[np.int64]:
-        """Return sample `index` of the unshuffled order, index < num_samples: int64 (T + 1,)."""
+        """Return sample `index` of the unshuffled order, index < num_samples: int64 (L,)."""
 
 
 class Loader:
@@ -47,6 +49,8 @@ class Loader:
         dataset: samples by number.
         global_batch_size: sequences of a step, over all ranks.
         micro_batch_size: sequences of one forward pass.
+        objective: what is predicted of a sample; default: its next tokens. It must be the one
+            that the data were opened with.
         rank: data-parallel rank.
         world_size: number of data-parallel ranks.
         pin_memory: return page-locked tensors (for asynchronous copies to a CUDA device).
@@ -65,6 +69,7 @@ class Loader:
         *,
         global_batch_size: int,
         micro_batch_size: int,
+        objective: Objective | None = None,
         rank: int = 0,
         world_size: int = 1,
         pin_memory: bool = False,
@@ -74,6 +79,7 @@ class Loader:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is outside a world of {world_size}")
         self._dataset = dataset
+        self._objective = objective or CausalObjective(dataset.sequence_length)
         self._rank = rank
         self._pin_memory = pin_memory
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader") if prefetch else None
@@ -87,7 +93,7 @@ class Loader:
             consumed_samples: samples that all earlier steps used together, >= 0.
 
         Returns:
-            One batch for each accumulation slot; every target counts in the loss.
+            One batch for each accumulation slot.
 
         Raises:
             ValueError: a negative position, or the loader is closed.
@@ -144,7 +150,7 @@ class Loader:
                 for number in range(start, min(start + micro, wanted))
             ]
             rows = [self._dataset.fixed(number) for number in numbers]
-            yield self._pinned(self._batch(rows, numbers))
+            yield self._pinned(self._batch(rows, numbers, fixed=True))
 
     def _read_step(self, consumed_samples: int) -> list[Batch]:
         micro = self.layout.micro_batch_size
@@ -152,35 +158,18 @@ class Loader:
         for slot in range(self.layout.accumulation):
             start = consumed_samples + micro * self.layout.microbatch(slot, self._rank)
             numbers = range(start, start + micro)
-            batches.append(self._batch([self._dataset[number] for number in numbers], numbers))
+            rows = [self._dataset[number] for number in numbers]
+            batches.append(self._batch(rows, numbers, fixed=False))
         return batches
 
-    def _batch(self, rows: Sequence[npt.NDArray[np.int64]], numbers: Sequence[int]) -> Batch:
-        """Stack samples (each T + 1 tokens) and fill up to the micro-batch size."""
-        micro, length = self.layout.micro_batch_size, self._dataset.sequence_length
-        tokens = torch.zeros((micro, length + 1), dtype=torch.int64)
-        loss_mask = torch.zeros((micro, length), dtype=torch.bool)
-        sample_ids = torch.full((micro,), PADDING_ID, dtype=torch.int64)
-        if rows:
-            tokens[: len(rows)] = torch.from_numpy(np.stack(rows))
-            loss_mask[: len(rows)] = True
-            sample_ids[: len(rows)] = torch.tensor(list(numbers))
-        return Batch(
-            inputs=tokens[:, :-1].contiguous(),
-            targets=tokens[:, 1:].contiguous(),
-            loss_mask=loss_mask,
-            sample_ids=sample_ids,
-        )
+    def _batch(
+        self, rows: Sequence[npt.NDArray[np.int64]], numbers: Sequence[int], *, fixed: bool
+    ) -> Batch:
+        samples = stack_samples(rows, numbers, self._objective.sample_length, fixed=fixed)
+        return self._objective.collate(samples, self.layout.micro_batch_size)
 
     def _pinned(self, batch: Batch) -> Batch:
-        if not self._pin_memory:
-            return batch
-        return Batch(
-            inputs=batch.inputs.pin_memory(),
-            targets=batch.targets.pin_memory(),
-            loss_mask=batch.loss_mask.pin_memory(),
-            sample_ids=batch.sample_ids.pin_memory(),
-        )
+        return batch.pin_memory() if self._pin_memory else batch
 
     def close(self) -> None:
         """Stop the background thread; safe to call twice."""

@@ -11,6 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import sentencepiece
 import tokenizers
 
@@ -21,11 +23,10 @@ from mpotrain.data.manifest import (
     read_manifest,
     tokenizer_digest,
 )
+from mpotrain.data.words import SPACE_MARK, declared_starts, spaced_starts
 from mpotrain.durable import write_durably
 from mpotrain.errors import DataError
 
-SPACE_MARK = "\u2581"
-"""How sentencepiece writes a space inside its pieces; as text it is an ordinary character."""
 USUAL_EOT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 """Names under which published tokenizers keep their end-of-text token, in order of preference."""
 
@@ -55,6 +56,17 @@ class Tokenizer(ABC):
 
         Raises:
             DataError: an id lies outside the vocabulary.
+        """
+
+    @abstractmethod
+    def word_starts(self) -> npt.NDArray[np.bool_]:
+        """Return which ids begin a word: bool (vocab_size,).
+
+        A word is what stands between spaces, with the space before it, or what the tokenizer
+        itself takes for one (WordPiece: punctuation is a word of its own).
+
+        Raises:
+            DataError: the pieces do not say where words begin.
         """
 
     def entry(self, file: str | None) -> TokenizerEntry:
@@ -130,6 +142,11 @@ class SentencePieceTokenizer(Tokenizer):
         """Return the text of ids; control tokens have none."""
         return str(self._model.decode(self._check(ids)))
 
+    def word_starts(self) -> npt.NDArray[np.bool_]:
+        """Return which ids begin a word: bool (vocab_size,)."""
+        pieces = [str(self._model.id_to_piece(token)) for token in range(self.vocab_size)]
+        return np.array(spaced_starts(pieces), dtype=np.bool_)
+
 
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json` of the Hugging Face tokenizers library.
@@ -188,6 +205,18 @@ class HuggingFaceTokenizer(Tokenizer):
         """Return the text of ids; control tokens have none."""
         return str(self._model.decode(self._check(ids), skip_special_tokens=True))
 
+    def word_starts(self) -> npt.NDArray[np.bool_]:
+        """Return which ids begin a word: bool (vocab_size,).
+
+        Raises:
+            DataError: the vocabulary does not show where words begin.
+        """
+        vocabulary = self._model.get_vocab(with_added_tokens=True)
+        starts = np.zeros(self.vocab_size, dtype=np.bool_)
+        begins = declared_starts(json.loads(self._model.to_str()), vocabulary)
+        starts[list(vocabulary.values())] = begins
+        return starts
+
 
 class IdentityTokenizer(Tokenizer):
     """For sources that are token ids already: a text is decimal ids with spaces between.
@@ -218,6 +247,17 @@ class IdentityTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         """Return the ids as decimal numbers with spaces between."""
         return " ".join(str(token) for token in self._check(ids))
+
+    def word_starts(self) -> npt.NDArray[np.bool_]:
+        """Refuse: ids that are their own text have no words.
+
+        Raises:
+            DataError: always.
+        """
+        raise DataError(
+            "data.objective.whole_word: the data are token ids that no tokenizer made, so it is "
+            "not known where words begin; set it to false"
+        )
 
 
 def load_tokenizer(path: str | Path, *, eot: str | None = None) -> Tokenizer:

@@ -25,6 +25,7 @@ def write_folder(
     vocab_size: int,
     documents_per_shard: int = 7,
     raw_bytes: Sequence[int] | None = None,
+    eot_id: int | None = None,
 ) -> Path:
     folder.mkdir(parents=True)
     dtype = token_dtype(vocab_size)
@@ -53,8 +54,9 @@ def write_folder(
         )
     tokenizer = TokenizerEntry(
         kind="identity",
-        digest=tokenizer_digest("identity", "", vocab_size, None),
+        digest=tokenizer_digest("identity", "", vocab_size, eot_id),
         vocab_size=vocab_size,
+        eot_id=eot_id,
     )
     write_manifest(
         folder,
