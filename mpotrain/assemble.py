@@ -8,22 +8,26 @@ import torch
 from torch import nn
 
 from mpotrain.checkpoint.manifest import Signature
-from mpotrain.config import RunConfig
+from mpotrain.config import RunConfig, RunSettings, vocabulary_problem
 from mpotrain.data.dataset import BlendedDataset
 from mpotrain.data.stream import Split
 from mpotrain.engine.base import Engine
 from mpotrain.engine.config import DeepSpeedConfig, LocalConfig
 from mpotrain.engine.local import LocalEngine
 from mpotrain.errors import DataError
-from mpotrain.models.config import GPT2Config
+from mpotrain.models.config import AnyModel
+from mpotrain.models.encoder import Encoder
+from mpotrain.models.encoder_config import EncoderConfig
 from mpotrain.models.gpt2 import GPT2
+from mpotrain.models.seq2seq import T5
+from mpotrain.models.t5_config import T5Config
 from mpotrain.nn.roles import role_of
 from mpotrain.parallel.plan import batch_layout
 from mpotrain.parallel.ranks import World
 from mpotrain.train.optim import build_optimizer
 
 
-def prepare_torch(run: RunConfig) -> None:
+def prepare_torch(run: RunSettings) -> None:
     """Set what decides the bits of a run before any tensor exists."""
     if run.train.deterministic:
         # cuBLAS reads this when it is initialised; without it torch refuses deterministic mode.
@@ -35,7 +39,7 @@ def prepare_torch(run: RunConfig) -> None:
     torch.set_float32_matmul_precision("high" if run.engine.dtype == "bf16" else "highest")
 
 
-def build_model(model: GPT2Config, *, seed: int, dtype: str) -> nn.Module:
+def build_model(model: AnyModel, *, seed: int, dtype: str) -> nn.Module:
     """Build the network of a run with its start weights.
 
     Args:
@@ -44,10 +48,14 @@ def build_model(model: GPT2Config, *, seed: int, dtype: str) -> nn.Module:
         dtype: `fp32` or `bf16`: what the model computes in; parameters are fp32.
     """
     compute = torch.bfloat16 if dtype == "bf16" else torch.float32
+    if isinstance(model, EncoderConfig):
+        return Encoder(model, seed=seed, compute_dtype=compute)
+    if isinstance(model, T5Config):
+        return T5(model, seed=seed, compute_dtype=compute)
     return GPT2(model, seed=seed, compute_dtype=compute)
 
 
-def build_engine(run: RunConfig, model: nn.Module, world: World) -> Engine:
+def build_engine(run: RunSettings, model: nn.Module, world: World) -> Engine:
     """Put a model and its optimizer into the engine that the run asks for."""
     mask = run.train.central_mask
     optimizer = build_optimizer(model, run.train.optimizer, mask, device=world.device)
@@ -76,13 +84,9 @@ def open_data(run: RunConfig, split: Split) -> BlendedDataset:
         DataError: the data are damaged, or their token ids do not fit the model.
     """
     dataset = BlendedDataset(run.data, split)
-    ids = dataset.tokenizer.vocab_size
-    if ids > run.model.vocab_size:
-        raise DataError(
-            f"model.vocab_size: {run.model.vocab_size} is smaller than the vocabulary of the "
-            f"prepared data, {ids} ({run.data.sources[0].path}); set model.vocab_size to {ids} "
-            "or more"
-        )
+    ids, folder = dataset.tokenizer.vocab_size, run.data.sources[0].path
+    if (problem := vocabulary_problem(run, ids, folder)) is not None:
+        raise DataError(problem)
     return dataset
 
 

@@ -91,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_prepare(commands)
     _add_plan(commands)
     _add_convert(commands)
+    _add_export(commands)
     _add_train(commands)
+    _add_tune(commands)
     _add_eval(commands)
     _add_generate(commands)
     _add_inspect(commands)
@@ -190,35 +192,55 @@ def _add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = _command(
         commands,
         "convert",
-        "Write a trained dense GPT-2 as step 0 into the folder of a new run, which `train` goes on "
-        "with: as it is, or with experts that are copies of its feed-forward layers.",
+        "Write a trained model as step 0 into the folder of a new run, which `train` goes on with: "
+        "matrices dense or tensorized, layers shared or not, experts made of feed-forward layers.",
         handlers.convert,
     )
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="run folder or checkpoint, folder of a Hugging Face GPT-2 (safetensors), or "
-        "hf:NAME[@REVISION]",
+        help="run folder or checkpoint, folder of a Hugging Face GPT-2, ALBERT, BERT or T5 "
+        "(safetensors), or hf:NAME[@REVISION]",
     )
     _add_run(parser)
     parser.add_argument(
         "--to",
-        choices=["gpt2", "mpo-moe"],
+        choices=["gpt2", "encoder", "t5", "mpo-moe"],
         required=True,
-        help="the same network, or mixtures of experts as RUN describes them",
+        help="a network of the kind of SOURCE as RUN describes it, or one with mixtures of experts",
     )
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint of this step of SOURCE")
+    _add_tolerance(parser)
+    parser.add_argument(
+        "--allow-truncation",
+        action="store_true",
+        help="write even if truncated bonds lose more than that",
+    )
+
+
+def _add_export(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "export",
+        "Write a trained model as a folder that transformers loads: GPT-2, ALBERT, BERT or T5 with "
+        "dense matrices.",
+        handlers.export,
+    )
+    _add_checkpoint(parser)
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
+    parser.add_argument(
+        "--to", choices=["huggingface"], default="huggingface", help="the format (default)"
+    )
+    _add_tolerance(parser)
+
+
+def _add_tolerance(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tolerance",
         type=float,
         default=1e-5,
         metavar="X",
         help="largest difference of scores over the largest score (default 1e-5)",
-    )
-    parser.add_argument(
-        "--allow-truncation",
-        action="store_true",
-        help="write even if truncated bonds lose more than that",
     )
 
 
@@ -231,6 +253,25 @@ def _add_train(commands: Commands[argparse.ArgumentParser]) -> None:
         handlers.train,
     )
     _add_run(parser)
+    _add_start(parser)
+
+
+def _add_tune(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "tune",
+        "Fine-tune a pretrained encoder for classification, or go on from the newest complete "
+        "checkpoint of the run folder. One process, or every rank of a launched world.",
+        handlers.tune,
+    )
+    _add_run(parser)
+    parser.add_argument(
+        "--method", choices=["full"], default="full", help="which weights learn: all of them"
+    )
+    _add_start(parser)
+
+
+def _add_start(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fresh",
         action="store_true",

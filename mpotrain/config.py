@@ -2,31 +2,55 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import json
-import types
-import typing
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
-
-import tomli_w
-from pydantic import TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
+from typing import Any, Protocol
 
 from mpotrain.checkpoint.config import CheckpointConfig
+from mpotrain.config_file import dump, json_schema, leaves, validate
 from mpotrain.data.config import DataConfig
+from mpotrain.data.masked_config import MaskedConfig
 from mpotrain.engine.config import EngineConfig, LocalConfig, expert_problems
 from mpotrain.engine.config import problems as engine_problems
-from mpotrain.errors import ConfigError
 from mpotrain.layered_toml import LayeredTable, read_layers
 from mpotrain.models.config import ModelConfig
+from mpotrain.models.encoder_config import EncoderConfig
 from mpotrain.nn.moe.config import MoEConfig
 from mpotrain.parallel.plan import ParallelConfig, batch_problems
-from mpotrain.schema import config, to_dict
+from mpotrain.sample import SampleLengths
+from mpotrain.schema import config
 from mpotrain.train.config import TrainConfig
+
+
+class RunSettings(Protocol):
+    """What the files of all kinds of runs have: pretraining (`RunConfig`) and fine-tuning."""
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+
+    @property
+    def folder(self) -> str:
+        """Run folder."""
+
+    @property
+    def train(self) -> TrainConfig:
+        """Steps, batch, optimizer, schedule, policies, intervals."""
+
+    @property
+    def engine(self) -> EngineConfig:
+        """The back end that runs a step."""
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """Parallel degrees."""
+
+    @property
+    def checkpoint(self) -> CheckpointConfig:
+        """Interval, retention and verification of checkpoints."""
+
+    def problems(self, world_size: int | None = None) -> list[str]:
+        """Return everything that makes the run impossible."""
 
 
 @config
@@ -69,16 +93,44 @@ class RunConfig:
             *self.parallel.problems("parallel"),
             *engine_problems(self.engine, world_size, "engine"),
         ]
-        if self.data.sequence_length > self.model.context_length:
-            found.append(
-                f"data.sequence_length: {self.data.sequence_length} is longer than "
-                f"model.context_length {self.model.context_length}"
-            )
+        found += self._objective_problems()
         found += self._expert_problems(self.model.moe, world_size)
         if world_size is not None:
             found += batch_problems(
                 self.train.global_batch_size, self.train.micro_batch_size, world_size, self.parallel
             )
+        return found
+
+    def sample_lengths(self) -> SampleLengths:
+        """Return how long a sample is for each part of the network."""
+        return self.data.objective.lengths(self.data.sequence_length)
+
+    def _objective_problems(self) -> list[str]:
+        """Return what is wrong between the network and what it is to predict."""
+        model, data = self.model, self.data
+        found = []
+        longest = model.longest_sequence
+        if longest is not None and data.sequence_length > longest:
+            found.append(
+                f"data.sequence_length: {data.sequence_length} is longer than "
+                f"model.context_length {longest}"
+            )
+        if data.objective.kind not in model.objectives:
+            found.append(
+                f'data.objective.kind: "{data.objective.kind}", but a {model.kind} model learns '
+                f"{' or '.join(model.objectives)}"
+            )
+        elif isinstance(model, EncoderConfig) and isinstance(data.objective, MaskedConfig):
+            if model.pair_head and not data.objective.pairs:
+                found.append(
+                    "model.pair_head: true, but data.objective.pairs is false and nothing would "
+                    "train it; set both alike"
+                )
+            if data.objective.pairs and model.num_token_types < 2:
+                found.append(
+                    f"model.num_token_types: {model.num_token_types}, but data.objective.pairs "
+                    "makes two segments"
+                )
         return found
 
     def _expert_problems(self, moe: MoEConfig | None, world_size: int | None) -> list[str]:
@@ -91,6 +143,24 @@ class RunConfig:
                 "site of the model has a central tensor; set it to 0, or tensorize a site"
             )
         return found
+
+
+def vocabulary_problem(run: RunConfig, vocab_size: int, where: str) -> str | None:
+    """Say why a model has too few token ids for prepared data; None where it has enough.
+
+    Args:
+        run: the run.
+        vocab_size: ids of the tokenizer of the data.
+        where: folder of the data.
+    """
+    needed = run.data.objective.vocab_size(vocab_size)
+    if needed <= run.model.vocab_size:
+        return None
+    own = "" if needed == vocab_size else f" and {needed - vocab_size} of data.objective"
+    return (
+        f"model.vocab_size: {run.model.vocab_size} is smaller than the vocabulary of the prepared "
+        f"data, {vocab_size}{own} ({where}); set model.vocab_size to {needed} or more"
+    )
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -113,18 +183,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def config_from_table(table: LayeredTable) -> RunConfig:
     """Validate a merged table; see `load_config`."""
-    try:
-        # JSON mode takes arrays for tuples and stays strict about numbers.
-        run = _adapter().validate_json(json.dumps(table.data, default=_refuse))
-    except ValidationError as error:
-        raise ConfigError(
-            [_explain(detail, table) for detail in error.errors(include_url=False)]
-        ) from error
-    problems = run.problems()
-    if problems:
-        located = [f"{table.source_of(line.partition(':')[0])}: {line}" for line in problems]
-        raise ConfigError(located)
-    return run
+    return validate(RunConfig, table)
 
 
 def config_from_dict(data: dict[str, Any], source: str) -> RunConfig:
@@ -134,94 +193,16 @@ def config_from_dict(data: dict[str, Any], source: str) -> RunConfig:
     return config_from_table(table)
 
 
-def dump_config(run: RunConfig) -> str:
-    """Return the resolved run as TOML that `load_config` reads back to an equal object."""
-    return tomli_w.dumps(to_dict(run))
+def dump_config(run: RunSettings) -> str:
+    """Return a resolved run as TOML; `load_config` reads a `RunConfig` back to an equal object."""
+    return dump(run)
 
 
 def flatten(run: RunConfig) -> dict[str, Any]:
     """Return the resolved run as dotted keys in order; lists are leaves."""
-    leaves: dict[str, Any] = {}
-
-    def walk(value: Any, at: str) -> None:
-        if isinstance(value, dict):
-            for key, item in value.items():
-                walk(item, f"{at}.{key}" if at else key)
-        else:
-            leaves[at] = value
-
-    walk(to_dict(run), "")
-    return leaves
+    return leaves(run)
 
 
 def config_schema() -> dict[str, Any]:
     """Return the JSON schema of a run file (without `extends`)."""
-    return _adapter().json_schema()
-
-
-@cache
-def _adapter() -> TypeAdapter[RunConfig]:
-    return TypeAdapter(RunConfig)
-
-
-def _refuse(value: object) -> str:
-    """Write dates as text, which no field accepts silently; TOML has no other foreign types."""
-    return f"{type(value).__name__} {value}"
-
-
-def _explain(detail: ErrorDetails, table: LayeredTable) -> str:
-    """Turn one pydantic error into `file: dotted.key: what is wrong`."""
-    path = _key_path(detail["loc"], table.data)
-    dotted = ".".join(path)
-    source = table.source_of(dotted)
-    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = _fields_at(path[:-1], table.data)
-        close = difflib.get_close_matches(path[-1], known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-        return f"{source}: {dotted}: unknown key{hint}"
-    if detail["type"] in ("missing", "missing_argument"):
-        return f"{source}: {dotted}: required, but not set"
-    shown = repr(detail["input"])
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    message = detail["msg"][0].lower() + detail["msg"][1:]
-    return f"{source}: {dotted or 'run file'}: {message}, got {shown}"
-
-
-def _key_path(location: tuple[int | str, ...], data: Any) -> list[str]:
-    """Drop the tags that pydantic puts into the location of a member of a union."""
-    path = []
-    for part in location:
-        if isinstance(data, dict) and part not in data and part == data.get("kind"):
-            continue
-        path.append(str(part))
-        if isinstance(data, dict):
-            data = data.get(str(part))
-        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
-            data = data[part]
-    return path
-
-
-def _fields_at(path: Sequence[str], data: Any) -> list[str]:
-    """Return the field names of the section at `path`, following tagged unions by their `kind`."""
-    current: Any = RunConfig
-    for part in path:
-        if part.isdigit():
-            current = get_args(current)[0]
-            data = data[int(part)]
-        else:
-            current = typing.get_type_hints(current, include_extras=True)[part]
-            data = data.get(part, {})
-        current = _member(current, data)
-    return [field.name for field in dataclasses.fields(current)]
-
-
-def _member(hint: Any, data: Any) -> Any:
-    """Return the member of a (tagged, optional, annotated) union that `data` selects."""
-    if get_origin(hint) is Annotated:
-        hint = get_args(hint)[0]
-    if get_origin(hint) not in (typing.Union, types.UnionType):
-        return hint
-    members = [member for member in get_args(hint) if dataclasses.is_dataclass(member)]
-    kind = data.get("kind") if isinstance(data, dict) else None
-    named = [m for m in members if kind in get_args(typing.get_type_hints(m).get("kind"))]
-    return (named or members)[0]
+    return json_schema(RunConfig)

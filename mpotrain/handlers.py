@@ -107,10 +107,7 @@ def convert(options: argparse.Namespace) -> int:
     """Write a trained model as step 0 of a run."""
     from mpotrain.config import load_config
 
-    if not options.tolerance >= 0:
-        raise ConfigError(
-            [f"command line: --tolerance {options.tolerance}: must be a number of at least 0"]
-        )
+    _require_tolerance(options.tolerance)
     run = load_config(options.run, options.overrides)
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         return EXIT_DONE  # one process writes
@@ -124,6 +121,25 @@ def convert(options: argparse.Namespace) -> int:
         tolerance=options.tolerance,
         allow_truncation=options.allow_truncation,
     )
+    print(result.describe())
+    return EXIT_DONE
+
+
+def _require_tolerance(tolerance: float) -> None:
+    if not tolerance >= 0:
+        raise ConfigError(
+            [f"command line: --tolerance {tolerance}: must be a number of at least 0"]
+        )
+
+
+def export(options: argparse.Namespace) -> int:
+    """Write a trained model as a Hugging Face folder."""
+    _require_tolerance(options.tolerance)
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+        return EXIT_DONE  # one process writes
+    from mpotrain.convert.export import export as run_export
+
+    result = run_export(options.folder, options.step, options.out, tolerance=options.tolerance)
     print(result.describe())
     return EXIT_DONE
 
@@ -144,6 +160,21 @@ def train(options: argparse.Namespace) -> int:
     )
 
 
+def tune(options: argparse.Namespace) -> int:
+    """Fine-tune as one rank of a world."""
+    from mpotrain.tune.config import load_tune_config
+
+    run = load_tune_config(options.run, options.overrides)
+    from mpotrain.tune.run import tune as run_tune
+
+    return run_tune(
+        run,
+        fresh=options.fresh,
+        profile=options.profile,
+        allow_data_change=options.allow_data_change,
+    )
+
+
 def evaluate(options: argparse.Namespace) -> int:
     """Evaluate a checkpoint."""
     from mpotrain.trained import evaluate_checkpoint
@@ -156,12 +187,7 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(result.to_json(), indent=2))
     else:
-        bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits/byte"
-        print(
-            f"{result.split}: loss {result.loss:.4f} nats/token, "
-            f"perplexity {result.perplexity:.2f}{bits} "
-            f"({result.num_sequences:,} sequences, {result.num_tokens:,} tokens)"
-        )
+        print(result.describe())
     return EXIT_DONE
 
 

@@ -10,7 +10,6 @@ from typing import Any
 from mpotrain.checkpoint.manifest import Manifest as CheckpointManifest
 from mpotrain.data.manifest import Manifest as DataManifest
 from mpotrain.nn.spectra import SiteSpectrum
-from mpotrain.tensor.experts import num_expert_parameters
 from mpotrain.tensor.spec import exact_bonds
 
 
@@ -58,9 +57,7 @@ def site_rows(spectra: Sequence[SiteSpectrum]) -> list[SiteRow]:
             modes=list(zip(site.spec.in_modes, site.spec.out_modes, strict=True)),
             bonds=list(site.spec.bonds),
             full_bonds=list(exact_bonds(site.spec.in_modes, site.spec.out_modes)),
-            parameters=num_expert_parameters(site.spec, site.num_experts)
-            if site.num_experts
-            else site.spec.num_parameters,
+            parameters=site.num_parameters,
             dense_parameters=site.spec.dense_parameters * max(site.num_experts, 1),
             core_norms=site.norms,
             weight_norm=site.weight_norm,

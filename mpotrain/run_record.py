@@ -10,23 +10,52 @@ import json
 import platform
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from mpotrain.checkpoint.manifest import RngRule
+from mpotrain.checkpoint.manifest import RunState as SavedState
 from mpotrain.checkpoint.manifest_file import library_versions
-from mpotrain.config import RunConfig, dump_config
+from mpotrain.config import RunSettings, dump_config
+from mpotrain.data.manifest import TokenizerEntry
 from mpotrain.durable import write_durably
 from mpotrain.errors import StorageError
 from mpotrain.parallel.ranks import World
+from mpotrain.schema import to_dict
+from mpotrain.train.state import RunState
 
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints in the run folder."""
+RNG_RULE = "splitmix64(seed, step, microbatch)"
 CONFIG_FILE = "config.toml"
 ENVIRONMENT_FILE = "environment.jsonl"
 OUTCOME_FILE = "outcome.json"
 
 
-def record_start(run: RunConfig, world: World, step: int, tokenizer: Path | None) -> None:
+class TrainingData(Protocol):
+    """What a checkpoint and a run folder say of training data."""
+
+    @property
+    def digest(self) -> str:
+        """Fingerprint as one text: equal where sample i is the same for every i."""
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that decides what sample i is, in JSON types."""
+
+    @property
+    def tokenizer(self) -> TokenizerEntry:
+        """The tokenizer of the text."""
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """File of the tokenizer; None where there is none."""
+
+
+def record_start(run: RunSettings, world: World, step: int, tokenizer: Path | None) -> None:
     """Write the resolved configuration and the tokenizer, and add a line about this start.
 
     Args:
@@ -74,6 +103,39 @@ def record_outcome(folder: Path, outcome: str, detail: str) -> None:
         write_durably(folder / OUTCOME_FILE, (json.dumps(content) + "\n").encode())
     except OSError as error:
         raise StorageError(f"{folder / OUTCOME_FILE}: cannot be written ({error})") from error
+
+
+def position_of(
+    run: RunSettings,
+    data: TrainingData,
+    state: RunState,
+    counters: Mapping[str, Any],
+    engine: Mapping[str, Any],
+) -> SavedState:
+    """Return what a checkpoint says of a run beside its tensors.
+
+    Args:
+        run: the resolved run.
+        data: what it is trained on.
+        state: where it stands.
+        counters: state of the anomaly guard (`anomaly`), counters of the engine (`counters`).
+        engine: what wrote the checkpoint, for people.
+    """
+    return SavedState(
+        step=state.step,
+        consumed_samples=state.consumed_samples,
+        num_updates=state.num_updates,
+        config=to_dict(run),
+        data_fingerprint=data.digest,
+        rng=RngRule(seed=run.train.seed, rule=RNG_RULE),
+        engine=dict(engine),
+        train_state={
+            "tokens": state.tokens,
+            "data": data.fingerprint,
+            "tokenizer": to_dict(data.tokenizer),
+            **counters,
+        },
+    )
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

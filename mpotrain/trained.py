@@ -34,11 +34,12 @@ from mpotrain.evaluate import Evaluation, Evaluator
 from mpotrain.generate import Sampling, generate
 from mpotrain.inspect import describe_checkpoint, describe_data, site_rows
 from mpotrain.layered_toml import OVERRIDE_SOURCE, LayeredTable
+from mpotrain.models.gpt2_config import GPT2Config
 from mpotrain.nn.moe.router import keep_all_tokens
 from mpotrain.nn.spectra import model_spectra
 from mpotrain.parallel.environment import resolve_environment
 from mpotrain.parallel.ranks import World, close_world, init_world, resolve_device
-from mpotrain.pretrain import CHECKPOINTS
+from mpotrain.run_record import CHECKPOINTS
 
 SINGLE = World(0, 1, 0, torch.device("cpu"))
 
@@ -89,7 +90,13 @@ def saved_run(manifest: Manifest, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises:
         ConfigError: an override is wrong, or the checkpoint is of another version of the schema.
+        CheckpointError: it is a checkpoint of a fine-tuning run.
     """
+    if "task" in manifest.run.config:
+        raise CheckpointError(
+            f"the checkpoint of step {manifest.step} holds a fine-tuned classifier, no pretraining "
+            "run; `mpotrain tune` with the file of its run evaluates it"
+        )
     table = LayeredTable()
     table.merge(manifest.run.config, f"checkpoint of step {manifest.step}")
     for line in overrides:
@@ -187,13 +194,27 @@ def run_tokenizer(trained: TrainedModel) -> Tokenizer:
             "text can neither be read nor written"
         )
     places = [trained.folder, *(Path(source.path) for source in trained.run.data.sources)]
+    return open_tokenizer(find_tokenizer(entry, places), entry.eot_id)
+
+
+def find_tokenizer(entry: TokenizerEntry, places: Sequence[Path]) -> Path:
+    """Return the file of a tokenizer, from the first folder that has it unchanged.
+
+    Args:
+        entry: the tokenizer; it has a file.
+        places: folders to look in.
+
+    Raises:
+        DataError: it is nowhere to be found, or the file is another one.
+    """
+    assert entry.file is not None
     for place in places:
         path = place / entry.file
         if not path.is_file():
             continue
         content = file_digest(path)
         if tokenizer_digest(entry.kind, content, entry.vocab_size, entry.eot_id) == entry.digest:
-            return open_tokenizer(path, entry.eot_id)
+            return path
     raise DataError(
         f"{entry.file}: the tokenizer of this model is in none of "
         f"{', '.join(map(str, places))} (or the file there is another one); put it back"
@@ -209,6 +230,11 @@ def generate_texts(
         Prompt and continuation, one text for each sample; sample n draws with seed + n.
     """
     trained = load_trained(folder, step)
+    config = trained.run.model
+    if not isinstance(config, GPT2Config):
+        raise ConfigError(
+            [f"{folder}: holds a model of kind {config.kind}; only gpt2 continues a text"]
+        )
     tokenizer = run_tokenizer(trained)
     trained.model.to(resolve_device(trained.run.engine.device))
     keep_all_tokens(trained.model)
@@ -222,7 +248,7 @@ def generate_texts(
             trained.model,
             start,
             replace(sampling, seed=sampling.seed + number),
-            context_length=trained.run.model.context_length,
+            context_length=config.context_length,
             vocab_size=tokenizer.vocab_size,
             stop_token=tokenizer.eot_id,
         )

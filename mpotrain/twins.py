@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mpotrain.config import RunConfig, load_config
 from mpotrain.errors import EXIT_CRASH, EXIT_STOPPED, MpotrainError
-from mpotrain.models.config import SITE_NAMES
+from mpotrain.models.gpt2_config import SITE_NAMES
 from mpotrain.train.journal import read_metrics
 
 DENSE_TWIN = tuple(f'model.sites.{family}={{kind="dense"}}' for family in SITE_NAMES)

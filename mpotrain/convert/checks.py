@@ -9,15 +9,30 @@ from typing import Literal
 from mpotrain.checkpoint.config import CheckpointConfig
 from mpotrain.checkpoint.store import CheckpointStore
 from mpotrain.config import RunConfig
+from mpotrain.convert.encoder_checks import encoder_problems
 from mpotrain.convert.source import Source
-from mpotrain.models.config import FEED_FORWARD, SITE_NAMES, SIZE_KEYS, GPT2Config
+from mpotrain.models import encoder_config, gpt2_config, t5_config
+from mpotrain.models.config import AnyModel
+from mpotrain.models.encoder_config import EncoderConfig
+from mpotrain.models.t5_config import T5Config
 from mpotrain.nn.moe.config import MoEConfig
-from mpotrain.pretrain import CHECKPOINTS
+from mpotrain.run_record import CHECKPOINTS
 from mpotrain.train.journal import JOURNAL_FILE
 from mpotrain.trained import SINGLE
 
-Target = Literal["gpt2", "mpo-moe"]
-"""What a model is converted to: the same network, or one with mixtures of experts."""
+Target = Literal["gpt2", "encoder", "t5", "mpo-moe"]
+"""What a model is converted to: a network of its own kind, or one with mixtures of experts."""
+SIZE_KEYS = {
+    "gpt2": gpt2_config.SIZE_KEYS,
+    "encoder": encoder_config.SIZE_KEYS,
+    "t5": t5_config.SIZE_KEYS,
+}
+SETTINGS = {
+    "gpt2": (),
+    "encoder": ("embedding_size", "norm", "norm_eps", "activation"),
+    "t5": ("norm_eps",),
+}
+"""Keys beside the sizes that decide what a network computes."""
 
 
 def conversion_problems(source: Source, run: RunConfig, target: Target) -> list[str]:
@@ -29,18 +44,18 @@ def conversion_problems(source: Source, run: RunConfig, target: Target) -> list[
         target: what it is converted to.
     """
     config = run.model
-    found = [*_folder_problems(Path(run.folder)), *_size_problems(source.config, config)]
+    found = [*_folder_problems(Path(run.folder)), *_kind_problems(source, config, target)]
+    if source.config.kind != config.kind:
+        return found
+    found += _size_problems(source.config, config)
     if source.config.moe is not None:
         found.append(
             f"SOURCE: {source.origin} has mixtures of experts; only dense models can be taken"
         )
-    if target == "gpt2" and config.moe is not None:
-        found.append("model.moe: --to gpt2 keeps the network; leave it out, or use --to mpo-moe")
-    if target == "mpo-moe" and config.moe is None:
-        found.append("model.moe: is absent; describe the mixtures, or use --to gpt2")
-    found += _site_problems(source, config)
+    found += _bias_problems(source.config, config)
+    if isinstance(config, EncoderConfig) and isinstance(source.config, EncoderConfig):
+        found += encoder_problems(source.config, config)
     if config.moe is not None:
-        found += _bias_problems(source.config, config.moe)
         found += _router_problems(config.moe)
     return found
 
@@ -59,44 +74,57 @@ def _folder_problems(folder: Path) -> Iterator[str]:
         )
 
 
-def _size_problems(source: GPT2Config, target: GPT2Config) -> Iterator[str]:
-    for key in SIZE_KEYS:
+def _kind_problems(source: Source, config: AnyModel, target: Target) -> Iterator[str]:
+    if target != "mpo-moe" and config.kind != target:
+        yield f"model.kind: is {config.kind}, but --to {target} was asked for"
+    if source.config.kind != config.kind:
+        yield (
+            f"SOURCE: {source.origin} is of the kind {source.config.kind}; it cannot become one of "
+            f"model.kind={config.kind}"
+        )
+    if target == "mpo-moe" and isinstance(config, EncoderConfig):
+        yield "model.kind: is encoder, which has no mixtures of experts; use gpt2 or t5"
+    elif target == "mpo-moe" and config.moe is None:
+        yield f"model.moe: is absent; describe the mixtures, or use --to {config.kind}"
+    if target != "mpo-moe" and config.moe is not None:
+        yield f"model.moe: --to {target} makes no experts; leave it out, or use --to mpo-moe"
+
+
+def _size_problems(source: AnyModel, target: AnyModel) -> Iterator[str]:
+    for key in (*SIZE_KEYS[target.kind], *SETTINGS[target.kind]):
         theirs, ours = getattr(source, key), getattr(target, key)
-        if theirs == ours:
+        if theirs == ours or (key == "num_layers" and _may_deepen(source)):
             continue
         hint = ""
         if key == "vocab_size" and ours > theirs:
             hint = "; the scores of new rows would take probability from all others"
-        yield f"model.{key}: is {ours}, the source has {theirs}; set model.{key}={theirs}{hint}"
-
-
-def _site_problems(source: Source, target: GPT2Config) -> Iterator[str]:
-    """Compare the representation of every family of matrices that is copied."""
-    for family in SITE_NAMES:
-        theirs, ours = (getattr(config.sites, family) for config in (source.config, target))
-        if family in FEED_FORWARD and target.moe is not None and theirs.kind != "dense":
-            yield (
-                f"SOURCE: its model.sites.{family} is {theirs.kind}; experts are made of dense "
-                "matrices"
-            )
-        if not target.sites_of_family(family):
-            continue
-        shape = target.site_shapes()[family]
-        if family != "embedding" and theirs.bias != ours.bias:
-            yield f"model.sites.{family}.bias: is {ours.bias}, the source has {theirs.bias}"
-        same_shape = source.config.site_shapes()[family] == shape
-        if same_shape and theirs.spec(*shape) != ours.spec(*shape):
-            yield (
-                f"model.sites.{family}: the source has another representation "
-                f"({_shown(theirs)}), only equal ones are copied"
-            )
-
-
-def _bias_problems(source: GPT2Config, moe: MoEConfig) -> Iterator[str]:
-    for family in FEED_FORWARD:
-        theirs, ours = getattr(source.sites, family).bias, getattr(moe, family).bias
+        advice = f"set model.{key}={theirs}" if theirs is not None else f"leave model.{key} out"
+        yield f"model.{key}: is {ours}, the source has {theirs}; {advice}{hint}"
+    if isinstance(source, T5Config) and isinstance(target, T5Config):
+        theirs, ours = source.stacks["decoder"], target.stacks["decoder"]
         if theirs != ours:
-            yield f"model.moe.{family}.bias: is {ours}, the source has {theirs}"
+            yield (
+                f"model.num_decoder_layers: is {ours}, the source has {theirs}; set "
+                f"model.num_decoder_layers={theirs}"
+            )
+
+
+def _may_deepen(source: AnyModel) -> bool:
+    """Whether layers can be added: they are all alike, so that one more is made of any."""
+    return isinstance(source, EncoderConfig) and source.sharing.scope == "all"
+
+
+def _bias_problems(source: AnyModel, target: AnyModel) -> Iterator[str]:
+    """Compare the biases of every family of matrices, those of experts with their origin's."""
+    theirs = {site.name: site for site in source.all_sites()}
+    told = set()
+    for site in target.all_sites():
+        other = theirs.get(site.name)
+        if other is None or site.key in told or isinstance(target, EncoderConfig):
+            continue
+        if other.bias != site.bias:
+            told.add(site.key)
+            yield f"model.{site.key}.bias: is {site.bias}, the source has {other.bias}"
 
 
 def _router_problems(moe: MoEConfig) -> Iterator[str]:
@@ -124,9 +152,3 @@ def _router_problems(moe: MoEConfig) -> Iterator[str]:
             f"would not be that of the source; leave it out, or set {experts / router.top_k:g} "
             "or more"
         )
-
-
-def _shown(site: object) -> str:
-    fields = {key: value for key, value in vars(site).items() if value is not None}
-    kept = ("kind", "rank", "in_modes", "out_modes", "bonds", "cap", "layout")
-    return ", ".join(f"{key}={fields[key]}" for key in kept if key in fields)

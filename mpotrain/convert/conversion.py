@@ -3,36 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mpotrain.assemble import build_model, open_data
 from mpotrain.checkpoint.config import CheckpointConfig
 from mpotrain.checkpoint.store import CheckpointStore
 from mpotrain.config import RunConfig
 from mpotrain.convert.checks import Target, conversion_problems
+from mpotrain.convert.fill import Filled, fill
 from mpotrain.convert.hub import CONFIG_FILE, HUB_MARK, download, hub_source
-from mpotrain.convert.source import Source, run_source, tokenizer_problem
-from mpotrain.convert.upcycle import SiteError, fill
+from mpotrain.convert.matrices import SiteError
+from mpotrain.convert.probe import data_rows, difference, outputs, probe_batch, source_outputs
+from mpotrain.convert.source import Source, run_source
+from mpotrain.convert.vocabulary import tokenizer_problem
 from mpotrain.data.dataset import BlendedDataset
+from mpotrain.data.objective import open_objective
 from mpotrain.engine.base import WEIGHT, StateTensor
 from mpotrain.engine.state import host_copy
 from mpotrain.engine.statistics import export_buffers
 from mpotrain.errors import ConfigError
 from mpotrain.nn.roles import role_of
-from mpotrain.pretrain import CHECKPOINTS, position_of
-from mpotrain.run_record import record_start
+from mpotrain.run_record import CHECKPOINTS, position_of, record_start
 from mpotrain.train.anomaly import AnomalyGuard
 from mpotrain.train.state import RunState
 from mpotrain.trained import SINGLE
 
 TOLERANCE = 1e-5
 """Largest difference of scores over the largest score that passes for rounding (fp32)."""
-PROBE_SEQUENCES, PROBE_LENGTH = 2, 128
-"""Size of the batch on which both models are compared."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Conversion:
         num_parameters: of the new model.
         source_parameters: of the model that was taken over.
         errors: what each decomposed matrix has lost.
+        notes: what is not as in the source.
         difference: largest difference of scores over the largest score.
         probe: size of the batch (sequences, tokens) on which the scores were compared.
     """
@@ -54,6 +56,7 @@ class Conversion:
     num_parameters: int
     source_parameters: int
     errors: list[SiteError]
+    notes: list[str]
     difference: float
     probe: tuple[int, int]
 
@@ -62,6 +65,7 @@ class Conversion:
         lines = [
             f"{self.origin}: {self.source_parameters:,} parameters",
             *map(_error_line, self.errors),
+            *(f"  {note}" for note in self.notes),
             f"scores differ by {self.difference:.1e} of the largest, on {self.probe[0]} sequences "
             f"of {self.probe[1]} tokens",
             f"{self.path}: step 0 with {self.num_parameters:,} parameters; train, eval and "
@@ -82,7 +86,7 @@ def convert(
     """Write a trained model as step 0 into the folder of a run.
 
     Args:
-        source: a run folder or checkpoint, a folder of a Hugging Face GPT-2, or `hf:NAME`.
+        source: a run folder or checkpoint, a folder of a Hugging Face model, or `hf:NAME`.
         step: step of a run's checkpoint; None for the newest.
         run: the run that takes the model over.
         target: what it is converted to.
@@ -103,19 +107,27 @@ def convert(
     dataset = open_data(run, "train")
     if (problem := tokenizer_problem(given, dataset)) is not None:
         raise ConfigError([problem])
+    open_objective(dataset)  # what `train` would refuse is refused here
     model = build_model(run.model, seed=run.train.seed, dtype="fp32").eval()
-    errors = fill(model, given, run.model)
-    tokens = probe_tokens(dataset)
-    difference = score_difference(given, model, tokens)
-    _require_equal(difference, tolerance, errors, allow_truncation)
+    filled = fill(run.model, given, dict(model.named_parameters()))
+    _copy(filled, model)
+    batch = probe_batch(run.model, data_rows(dataset))
+    # Heads that the source lacks are those of the new model, so that all outputs can be compared.
+    heads = {name: filled.weights[name] for name in given.fresh if name in filled.weights}
+    given = replace(given, weights={**heads, **given.weights})
+    found = difference(source_outputs(given, batch), outputs(model, batch))
+    if filled.is_exact:
+        _require_equal(found, tolerance, filled.errors, allow_truncation)
+    rows = batch.inputs if batch.encoder_inputs is None else batch.encoder_inputs
     return Conversion(
         origin=given.origin,
         path=_write(run, model, dataset, given.origin),
         num_parameters=run.model.num_parameters(),
         source_parameters=given.config.num_parameters(),
-        errors=errors,
-        difference=difference,
-        probe=(tokens.shape[0], tokens.shape[1]),
+        errors=filled.errors,
+        notes=filled.notes,
+        difference=found,
+        probe=(rows.shape[0], rows.shape[1]),
     )
 
 
@@ -133,19 +145,10 @@ def open_source(source: str, step: int | None) -> Source:
     return hub_source(folder, source)
 
 
-def probe_tokens(dataset: BlendedDataset) -> Tensor:
-    """Return the first sequences of the data as they stand there, cut short: (B, T)."""
-    count = min(PROBE_SEQUENCES, dataset.num_samples)
-    rows = [torch.from_numpy(dataset.fixed(index)[:-1]) for index in range(count)]
-    return torch.stack(rows)[:, :PROBE_LENGTH]
-
-
-def score_difference(source: Source, model: nn.Module, tokens: Tensor) -> float:
-    """Return the largest difference of the scores of two models over the largest score, fp32."""
-    expected = source.logits(tokens)
+def _copy(filled: Filled, model: nn.Module) -> None:
     with torch.no_grad():
-        scores: Tensor = model.logits(model.hidden(tokens))  # type: ignore[operator]
-    return float((scores - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+        for name, parameter in model.named_parameters():
+            parameter.copy_(filled.weights[name])
 
 
 def _require_equal(

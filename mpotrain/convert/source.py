@@ -1,22 +1,21 @@
-"""A trained GPT-2 as something to begin with, whatever it was read from."""
+"""A trained model as something to begin with, whatever it was read from."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import tokenizers
 import torch
 from torch import Tensor
 
-from mpotrain.assemble import build_model
 from mpotrain.checkpoint.compare import parameter_differences
 from mpotrain.checkpoint.manifest import Signature
-from mpotrain.data.dataset import BlendedDataset
-from mpotrain.errors import CheckpointError
-from mpotrain.models.config import GPT2Config
+from mpotrain.config import RunConfig
+from mpotrain.data.manifest import TokenizerEntry
+from mpotrain.data.special_ids import CausalTokens, MaskedTokens, SpanTokens
+from mpotrain.errors import CheckpointError, DataError
+from mpotrain.models.config import AnyModel
 from mpotrain.nn.roles import Role
 from mpotrain.trained import load_trained, saved_tokenizer
 
@@ -24,6 +23,8 @@ PLAIN = ('engine={kind="local", dtype="fp32", device="cpu"}', "parallel.expert=1
 """Overrides under which any run's model computes in fp32 in one process."""
 SHOWN = 8
 """Number of names that a message lists before it counts the rest."""
+
+SpecialIds = CausalTokens | MaskedTokens | SpanTokens
 
 
 @dataclass(frozen=True)
@@ -33,28 +34,20 @@ class Source:
     Attributes:
         origin: where it comes from, for people.
         config: sizes and representation of every site.
-        weights: fp32 CPU tensors by logical name, complete for `config`.
+        weights: fp32 CPU tensors by logical name, complete for `config` but for `fresh`.
+        fresh: names of the heads that were not trained, or not kept; they are drawn anew.
         tokenizer_digest: digest of the tokenizer of its data; None where it is not recorded.
-        tokenizer_file: `tokenizer.json` or `vocab.json` of the model; None where there is none.
+        tokenizer_files: files of the model that hold its vocabulary, the most telling first.
+        special: ids with a meaning of their own; None where they are not recorded.
     """
 
     origin: str
-    config: GPT2Config
+    config: AnyModel
     weights: Mapping[str, Tensor]
+    fresh: tuple[str, ...] = ()
     tokenizer_digest: str | None = None
-    tokenizer_file: Path | None = None
-
-    def matrix(self, name: str) -> Tensor:
-        """Return W (in_features, out_features) of a dense linear layer, y = x W."""
-        return self.weights[f"{name}.weight"].t()
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Return the scores (B, T, V) that the model gives tokens (B, T), computed in fp32."""
-        model = build_model(self.config, seed=0, dtype="fp32").eval()
-        model.load_state_dict(dict(self.weights))
-        with torch.no_grad():
-            scores: Tensor = model.logits(model.hidden(tokens))  # type: ignore[operator]
-        return scores
+    tokenizer_files: tuple[Path, ...] = ()
+    special: SpecialIds | None = None
 
 
 def run_source(folder: Path, step: int | None) -> Source:
@@ -69,21 +62,35 @@ def run_source(folder: Path, step: int | None) -> Source:
     """
     trained = load_trained(folder, step, PLAIN)
     weights = {name: tensor.detach() for name, tensor in trained.model.named_parameters()}
+    tokenizer = saved_tokenizer(trained.manifest)
+    file = None if tokenizer.file is None else trained.folder / tokenizer.file
     return Source(
         origin=f"{trained.folder}, step {trained.manifest.step:,}",
         config=trained.run.model,
         weights=weights,
-        tokenizer_digest=saved_tokenizer(trained.manifest).digest,
+        tokenizer_digest=tokenizer.digest,
+        tokenizer_files=(file,) if file is not None and file.is_file() else (),
+        special=_special_ids(trained.run, tokenizer),
     )
 
 
-def require_weights(config: GPT2Config, weights: Mapping[str, Tensor], origin: str) -> None:
+def _special_ids(run: RunConfig, tokenizer: TokenizerEntry) -> SpecialIds | None:
+    try:
+        return run.data.objective.special(tokenizer)
+    except DataError:  # a run that was never trained may not go with its data
+        return None
+
+
+def require_weights(
+    config: AnyModel, weights: Mapping[str, Tensor], origin: str, fresh: Collection[str] = ()
+) -> None:
     """Make sure that weights are complete, of the right shapes and finite.
 
     Args:
         config: a dense model.
         weights: tensors by logical name.
         origin: where they come from, at the head of the message.
+        fresh: names that may be absent.
 
     Raises:
         CheckpointError: with the first differences.
@@ -92,7 +99,7 @@ def require_weights(config: GPT2Config, weights: Mapping[str, Tensor], origin: s
         name: (str(Role.DENSE), tuple(tensor.shape)) for name, tensor in weights.items()
     }
     wanted: dict[str, Signature] = {
-        info.name: (info.role, info.shape) for info in config.parameters()
+        info.name: (info.role, info.shape) for info in config.parameters() if info.name not in fresh
     }
     lines = parameter_differences(found, wanted)
     lines += [
@@ -101,7 +108,7 @@ def require_weights(config: GPT2Config, weights: Mapping[str, Tensor], origin: s
         if not bool(torch.isfinite(tensor).all())
     ]
     if lines:
-        raise CheckpointError(f"{origin}: no whole GPT-2:\n{listing(lines)}")
+        raise CheckpointError(f"{origin}: no whole {config.kind}:\n{listing(lines)}")
 
 
 def listing(lines: list[str]) -> str:
@@ -110,44 +117,3 @@ def listing(lines: list[str]) -> str:
     if len(lines) > SHOWN:
         shown.append(f"  ... and {len(lines) - SHOWN} more")
     return "\n".join(shown)
-
-
-def tokenizer_problem(source: Source, dataset: BlendedDataset) -> str | None:
-    """Say why data do not go with a model, None where they do or nothing is known.
-
-    Args:
-        source: the trained model.
-        dataset: data of the run that takes it over.
-    """
-    entry, theirs = dataset.tokenizer, dataset.tokenizer_path
-    if source.tokenizer_digest is not None:
-        if entry.digest == source.tokenizer_digest:
-            return None
-        return (
-            f"data.sources: their tokenizer ({entry.kind}, {entry.vocab_size:,} pieces) is not the "
-            f"one of {source.origin}; its weights know other tokens. Prepare the data with that "
-            "tokenizer (`mpotrain prepare --tokenizer`, the file lies in the source's run folder)"
-        )
-    if source.tokenizer_file is None or theirs is None:
-        return None
-    if entry.kind == "huggingface" and vocabulary(theirs) == vocabulary(source.tokenizer_file):
-        return None
-    return (
-        f"data.sources: their tokenizer {theirs} has another vocabulary than "
-        f"{source.tokenizer_file}; prepare the data with `mpotrain prepare --tokenizer "
-        f"{source.tokenizer_file.with_name('tokenizer.json')}`"
-    )
-
-
-def vocabulary(path: Path) -> dict[str, int]:
-    """Return the pieces of a `tokenizer.json` or `vocab.json` with their ids.
-
-    Raises:
-        CheckpointError: the file is neither.
-    """
-    try:
-        if path.name == "vocab.json":
-            return {str(k): int(v) for k, v in json.loads(path.read_text("utf-8")).items()}
-        return dict(tokenizers.Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True))
-    except Exception as error:  # the library raises bare Exception for a bad file
-        raise CheckpointError(f"{path} is no vocabulary: {error}") from error

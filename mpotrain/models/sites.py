@@ -8,6 +8,7 @@ from math import prod
 
 from mpotrain.nn.config import DenseSite, MPOSite, TTMSite
 from mpotrain.nn.moe.config import AsymmetricExpertSite, DenseExpertSite, MPOExpertSite
+from mpotrain.sample import Stream
 from mpotrain.tensor.experts import auxiliary_shapes
 from mpotrain.tensor.spec import MPOSpec
 
@@ -31,6 +32,10 @@ class Site:
         bias: whether a bias vector of length J goes with it (with every expert).
         num_experts: experts E of the mixture; 0 where every token meets the matrix.
         top_k: experts that a token meets; 1 where every token meets the matrix.
+        stream: which rows of a sample meet it (those of the output layer for an embedding).
+        calls: how often a forward pass uses it; above 1 where layers share the whole matrix.
+        bank: name of the central tensor that layers share; None where the site owns its own.
+        is_head: whether it serves pretraining alone and is left out of published sizes.
     """
 
     name: str
@@ -42,13 +47,20 @@ class Site:
     bias: bool
     num_experts: int = 0
     top_k: int = 1
+    stream: Stream = "inputs"
+    calls: int = 1
+    bank: str | None = None
+    is_head: bool = False
 
     @property
     def key(self) -> str:
         """Where the run file describes it, below the section of the model."""
+        leaf = self.family
+        for prefix in ("encoder_", "decoder_", "cross_", "expert_"):
+            leaf = leaf.removeprefix(prefix)
         if self.num_experts:
-            return f"moe.{self.family.removeprefix('expert_')}"
-        return "moe.router" if self.family == "router" else f"sites.{self.family}"
+            return f"moe.{leaf}"
+        return "moe.router" if leaf == "router" else f"sites.{leaf}"
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,8 @@ class ParameterInfo:
         role: value of `mpotrain.nn.roles.Role`.
         site: name of the site it belongs to, or None.
         num_experts: experts that the first dimension runs over; 0 without such a one.
+        part: what it is for in a table of sizes, where it belongs to no site.
+        is_head: whether it serves pretraining alone and is left out of published sizes.
     """
 
     name: str
@@ -68,6 +82,8 @@ class ParameterInfo:
     role: str
     site: str | None
     num_experts: int = 0
+    part: str = "norms"
+    is_head: bool = False
 
     @property
     def size(self) -> int:
@@ -76,7 +92,7 @@ class ParameterInfo:
 
 
 def site_parameters(site: Site) -> Iterator[ParameterInfo]:
-    """Yield every parameter of a site."""
+    """Yield every parameter that a site owns; a shared central tensor is the bank's."""
     yield from _expert_parameters(site) if site.num_experts else _plain_parameters(site)
 
 
@@ -87,6 +103,9 @@ def _plain_parameters(site: Site) -> Iterator[ParameterInfo]:
         if site.family != "embedding":
             shape = (site.out_features, site.in_features)
         yield ParameterInfo(f"{site.name}.weight", shape, "dense", site.name)
+    elif site.bank is not None:
+        for k, core_shape in enumerate(auxiliary_shapes(site.spec)):
+            yield ParameterInfo(f"{site.name}.auxiliaries.{k}", core_shape, "auxiliary", site.name)
     else:
         for k, core_shape in enumerate(site.spec.core_shapes):
             role = "central" if k == site.spec.central_index else "auxiliary"

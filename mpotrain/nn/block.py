@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mpotrain.nn.moe.mixture import MixtureOfExperts
+from mpotrain.nn.norm import LayerNorm
 
 AUXILIARY_LOSS = "auxiliary_loss"
 """Name under which a block returns the auxiliary loss of its mixture."""
-
-
-class LayerNorm(nn.LayerNorm):
-    """Layer normalisation computed in fp32 whatever the dtype of x and of the parameters."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension of x (..., H); the result has the dtype of x."""
-        weight, bias = self.weight.float(), self.bias.float()
-        return functional.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(
-            x.dtype
-        )
 
 
 class FeedForward(nn.Module):
@@ -52,15 +45,19 @@ class Block(nn.Module):
         self.ffn = ffn
         self.dropout = dropout
 
-    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Map x (B, T, H) to (B, T, H).
+
+        Args:
+            x: the sequences.
+            mask: what each position sees, bool (B, 1, T, T); None = all positions up to it.
 
         Returns:
             The result and, where the block has a mixture, its statistics by name together with its
             auxiliary loss; both as plain containers, into which activation checkpointing and the
             hooks of sharded weights can look.
         """
-        x = x + self._drop(self.attention(self.norm_1(x)))
+        x = x + self._drop(self.attention(self.norm_1(x), mask))
         normalised = self.norm_2(x)
         if not isinstance(self.ffn, MixtureOfExperts):
             return x + self._drop(self.ffn(normalised)), {}
@@ -69,3 +66,13 @@ class Block(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         return functional.dropout(x, self.dropout, self.training)
+
+
+def stack_mixtures(mixtures: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the statistics of all mixtures by name, stacked in block order; {} without any.
+
+    Args:
+        mixtures: what each mixture returns, its auxiliary loss under `AUXILIARY_LOSS` included.
+    """
+    names = [name for name in mixtures[0] if name != AUXILIARY_LOSS] if mixtures else []
+    return {name: torch.stack([told[name] for told in mixtures]) for name in names}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from mpotrain.nn.linear import TensorizedEmbedding, TensorizedLinear
 from mpotrain.nn.moe.experts import MPOExperts
+from mpotrain.nn.sharing import SharedLinear
+from mpotrain.tensor.experts import num_expert_parameters
 from mpotrain.tensor.spec import MPOSpec
 from mpotrain.tensor.spectra import (
     bond_spectra,
@@ -38,6 +41,8 @@ class SiteSpectrum:
         entropies: entanglement entropy of each bond, nats.
         normalised: entropies over the logarithm of the largest possible rank of that bond.
         num_experts: experts that share the central core; 0 outside of mixtures.
+        bank: logical name of the central tensor where layers share it, else None.
+        owns_central: False for a layer whose central tensor was counted with an earlier one.
         expert_spread: how far the auxiliary cores of the experts lie apart: root mean square
             distance from their mean over their root mean square norm; 0 for copies of one expert,
             nearly 1 for independent ones.
@@ -51,6 +56,16 @@ class SiteSpectrum:
     normalised: list[float]
     num_experts: int = 0
     expert_spread: float = 0.0
+    bank: str | None = None
+    owns_central: bool = True
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of elements of all cores, those shared with earlier layers left out."""
+        if self.num_experts:
+            return num_expert_parameters(self.spec, self.num_experts)
+        shared = 0 if self.owns_central else prod(self.spec.core_shapes[self.spec.central_index])
+        return self.spec.num_parameters - shared
 
 
 def tensorized_layers(
@@ -64,22 +79,44 @@ def tensorized_layers(
 
 @torch.no_grad()
 def model_spectra(model: nn.Module) -> list[SiteSpectrum]:
-    """Return the spectrum of every tensorized layer, experts of mixtures included.
+    """Return the spectrum of every tensorized layer: experts, and those that share a core, too.
 
     The singular values of each unfolding come from orthogonal sweeps over the cores in float64 on
     the CPU; no matrix is rebuilt, and the result does not depend on the device.
     """
-    result = [_layer_spectrum(name, layer) for name, layer in tensorized_layers(model)]
+    result = [
+        _layer_spectrum(name, layer.spec, list(layer.cores))
+        for name, layer in tensorized_layers(model)
+    ]
     for name, module in model.named_modules():
+        if isinstance(module, SharedLinear):
+            bank, central = _owned_central(model, name, module.bank)
+            spectrum = _layer_spectrum(name, module.spec, module.cores(central))
+            is_first = all(site.bank != bank for site in result)
+            result.append(replace(spectrum, bank=bank, owns_central=is_first))
         if isinstance(module, MPOExperts):
             result.append(_expert_spectrum(name, module))
     return result
 
 
-def _layer_spectrum(name: str, layer: TensorizedLinear | TensorizedEmbedding) -> SiteSpectrum:
-    cores = [_exact(core) for core in layer.cores]
+def _layer_spectrum(name: str, spec: MPOSpec, parameters: Sequence[Tensor]) -> SiteSpectrum:
+    cores = [_exact(core) for core in parameters]
     weight_norm, entropies, normalised = _bonds(cores)
-    return SiteSpectrum(name, layer.spec, core_norms(cores), weight_norm, entropies, normalised)
+    return SiteSpectrum(name, spec, core_norms(cores), weight_norm, entropies, normalised)
+
+
+def _owned_central(model: nn.Module, name: str, bank: str) -> tuple[str, Tensor]:
+    """Return the name in `model`, and the value, of the central tensor that a layer is given.
+
+    The layer knows the name in the network that both belong to, which may be part of `model`.
+    """
+    path = name.split(".")
+    names = {parameter for parameter, _ in model.named_parameters()}
+    for length in reversed(range(len(path))):
+        full = ".".join([*path[:length], bank])
+        if full in names:
+            return full, model.get_parameter(full)
+    raise ValueError(f"{name} is given the central tensor {bank}, which no network around it owns")
 
 
 def _expert_spectrum(name: str, layer: MPOExperts) -> SiteSpectrum:

@@ -1,6 +1,12 @@
-"""Seeds that are pure functions of counters, so that no random state is ever saved (no torch)."""
+"""Seeds that are pure functions of counters, so that no random state is ever saved (no torch).
+
+Generators of torch on the CPU read the low 32 bits of a seed alone, so what tells two seeds apart
+has to be mixed into all bits.
+"""
 
 from __future__ import annotations
+
+import zlib
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -55,3 +61,21 @@ def mask_seed(seed: int, step: int, key: int) -> int:
 def mask_uniform(seed: int, step: int, key: int) -> float:
     """Return a number in [0, 1) for (seed, step, key), the same on every rank."""
     return (mask_seed(seed, step, key) >> 10) / float(1 << 53)
+
+
+_START_DOMAIN = 0x7374617274000000
+"""Keeps the seeds of start weights apart from all others."""
+
+
+def start_seed(seed: int, name: str) -> int:
+    """Return the seed of the start values of one parameter or layer.
+
+    Args:
+        seed: seed of the run.
+        name: its logical name.
+
+    Returns:
+        An integer in [0, 2**63), spread evenly.
+    """
+    # crc32 is stable over processes and Python versions, unlike hash().
+    return microbatch_seed(seed ^ _START_DOMAIN, 0, zlib.crc32(name.encode()))

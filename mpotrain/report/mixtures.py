@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mpotrain.config import RunConfig
 from mpotrain.engine.expert_traffic import ExpertLayout, TokenFlow, expert_layouts, least_traffic
 from mpotrain.engine.memory import NO_EXPERTS, ExpertSizes
+from mpotrain.models.network import ROUTER
 from mpotrain.tensor.device import BYTES
 
 
@@ -62,9 +63,11 @@ def mixture_report(run: RunConfig, world_size: int, accumulation: int) -> Mixtur
 
 def token_flow(run: RunConfig) -> TokenFlow:
     """Return the tokens that travel in one micro-batch of a run with mixtures."""
-    model = run.model
+    model, lengths = run.model, run.sample_lengths()
+    rows = [lengths.of(site.stream) for site in model.all_sites() if site.family == ROUTER]
     return TokenFlow(
-        num_tokens=run.train.micro_batch_size * run.data.sequence_length,
+        # Encoder and decoder read sequences of different lengths: their mean.
+        num_tokens=run.train.micro_batch_size * sum(rows) // max(len(rows), 1),
         top_k=1 if model.moe is None else model.moe.router.top_k,
         hidden_size=model.hidden_size,
         width=BYTES[run.engine.dtype],

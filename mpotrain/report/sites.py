@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from mpotrain.config import RunConfig
 from mpotrain.models.sites import Site
@@ -11,7 +12,7 @@ from mpotrain.nn.moe.config import AsymmetricExpertSite, MPOExpertSite, expert_s
 from mpotrain.tensor.cost import dense_cost
 from mpotrain.tensor.device import PROFILES
 from mpotrain.tensor.expert_plan import ExpertPlan
-from mpotrain.tensor.experts import num_expert_parameters
+from mpotrain.tensor.experts import auxiliary_shapes, num_expert_parameters
 from mpotrain.tensor.plan import ContractionPlan
 
 
@@ -22,7 +23,10 @@ class SiteReport:
     Attributes:
         family: name of the family.
         key: where the run file describes it, below `model`.
-        copies: number of matrices; a mixture of experts counts as one.
+        copies: number of matrices; a mixture of experts counts as one, and so does a matrix that
+            layers share.
+        calls: how often a forward pass uses each of them.
+        num_shared: central tensors that the copies share; 0 where each has its own.
         num_experts: experts of each mixture, 0 outside of mixtures.
         shape: (in, out) of each.
         padded: shape of the operator where it is larger than the matrix, else None.
@@ -41,6 +45,8 @@ class SiteReport:
     family: str
     key: str
     copies: int
+    calls: int
+    num_shared: int
     num_experts: int
     shape: tuple[int, int]
     padded: tuple[int, int] | None
@@ -101,23 +107,26 @@ def _site_report(run: RunConfig, group: list[Site], device: str) -> SiteReport:
     execution = _execution(run, site, device)
     recomputed = run.model.activation_checkpointing and site.family != "embedding"
     flops = (2 if recomputed else 1) * execution.forward_flops + execution.backward_flops
-    calls = copies * (run.train.global_batch_size // run.train.micro_batch_size)
+    uses = copies * site.calls
+    calls = uses * (run.train.global_batch_size // run.train.micro_batch_size)
     spec = site.spec
     return SiteReport(
         family=site.family,
         key=site.key,
         copies=copies,
+        calls=site.calls,
+        num_shared=len({each.bank for each in group} - {None}),
         num_experts=site.num_experts,
         shape=(site.in_features, site.out_features),
         padded=(spec.padded_in, spec.padded_out) if spec is not None and spec.is_padded else None,
         modes=[] if spec is None else list(zip(spec.in_modes, spec.out_modes, strict=True)),
         bonds=[] if spec is None else list(spec.bonds),
-        parameters=copies * _own_parameters(site),
+        parameters=copies * _own_parameters(site) + _banked_parameters(group),
         dense_parameters=copies * dense,
         plan=execution.words,
         time_ratio=execution.time_ratio,
         # Recomputed blocks keep something one at a time only.
-        kept_bytes=(1 if recomputed else copies) * execution.kept_bytes,
+        kept_bytes=(1 if recomputed else uses) * execution.kept_bytes,
         transient_bytes=execution.transient_bytes,
         flops_per_step=float(flops) * calls,
     )
@@ -128,7 +137,15 @@ def _own_parameters(site: Site) -> int:
         return site.in_features * site.out_features * max(site.num_experts, 1)
     if site.num_experts:
         return num_expert_parameters(site.spec, site.num_experts)
+    if site.bank is not None:
+        return sum(prod(shape) for shape in auxiliary_shapes(site.spec))
     return site.spec.num_parameters
+
+
+def _banked_parameters(group: list[Site]) -> int:
+    """Return the parameters of the central tensors that the sites of a family share."""
+    spec, banks = group[0].spec, {site.bank for site in group} - {None}
+    return 0 if spec is None else len(banks) * prod(spec.core_shapes[spec.central_index])
 
 
 def _execution(run: RunConfig, site: Site, device: str) -> _Execution:
@@ -143,7 +160,7 @@ def _execution(run: RunConfig, site: Site, device: str) -> _Execution:
             plan.saved_bytes,
             plan.transient_bytes,
         )
-    rows = _tokens(run) * site.top_k
+    rows = _rows(run, site) * site.top_k
     forward = 2 * site.in_features * site.out_features * rows
     ratio = _grouped_ratio(run, site, rows, device) if site.num_experts else 1.0
     words = "grouped product" if site.num_experts else "dense"
@@ -156,13 +173,13 @@ def _plan(run: RunConfig, site: Site, device: str) -> ContractionPlan | ExpertPl
     if site.spec is None:
         return None
     if isinstance(choice, MPOExpertSite | AsymmetricExpertSite):
-        rows = _tokens(run) * site.top_k
+        rows = _rows(run, site) * site.top_k
         experts = local_experts(run, site.num_experts)
         return expert_site_plan(choice, site.spec, experts, rows, dtype, profile)
     assert isinstance(choice, MPOSite | TTMSite)
     # Of a tied embedding the output layer is the one that costs: the transposed operator.
     spec = site.spec.transposed() if site.family == "embedding" else site.spec
-    return site_plan(choice, spec, _tokens(run), dtype, profile)
+    return site_plan(choice, spec, _rows(run, site), dtype, profile)
 
 
 def local_experts(run: RunConfig, num_experts: int) -> int:
@@ -171,8 +188,9 @@ def local_experts(run: RunConfig, num_experts: int) -> int:
     return num_experts if num_experts % ranks else num_experts // ranks
 
 
-def _tokens(run: RunConfig) -> int:
-    return run.train.micro_batch_size * run.data.sequence_length
+def _rows(run: RunConfig, site: Site) -> int:
+    """Return the rows of a micro-batch that meet a site, each counted once."""
+    return max(1, run.train.micro_batch_size * run.sample_lengths().of(site.stream))
 
 
 def _grouped_ratio(run: RunConfig, site: Site, rows: int, device: str) -> float:

@@ -15,11 +15,16 @@ def render(report: PlanReport) -> str:
         f"parameters        {report.num_parameters:>16,}",
         f"  if dense        {report.dense_num_parameters:>16,}   ({compression:.3f} x)",
     ]
+    if report.body_parameters != report.num_parameters:
+        apart = " and ".join(report.apart)
+        body = f"{report.body_parameters:>16,}   (as papers count)"
+        lines.append(f"  {'without ' + apart:<15} {body}")
     if report.mixtures is not None:
         active = report.mixtures.active_parameters
         lines.append(f"  active          {active:>16,}   (met by one token)")
     lines += [f"  {'role ' + k:<15} {v:>16,}" for k, v in sorted(report.by_role.items())]
-    lines += [f"  {k:<15} {v:>16,}" for k, v in report.by_part.items()]
+    width = max(15, *map(len, report.by_part))
+    lines += [f"  {k:<{width}} {v:>{max(31 - width, 10)}}" for k, v in _grouped(report.by_part)]
     lines += ["", *_site_lines(report.sites), ""]
     lines += [
         f"step              {report.tokens_per_step:,} tokens, "
@@ -53,6 +58,10 @@ def render(report: PlanReport) -> str:
     else:
         lines.append("no problems found")
     return "\n".join(lines)
+
+
+def _grouped(sizes: dict[str, int]) -> list[tuple[str, str]]:
+    return [(key, f"{size:,}") for key, size in sizes.items()]
 
 
 def _traffic_parts(report: PlanReport) -> str:
@@ -92,24 +101,29 @@ def _mixture_lines(mixtures: MixtureReport) -> list[str]:
 
 
 def _site_lines(sites: list[SiteReport]) -> list[str]:
+    wide = max(14, *(len(site.family) for site in sites))
     lines = [
-        f"{'site':<14} {'copies':>6} {'in x out':>14} {'parameters':>14} {'of dense':>9}  plan"
+        f"{'site':<{wide}} {'copies':>6} {'in x out':>14} {'parameters':>14} {'of dense':>9}  plan"
     ]
     for site in sites:
         shape = f"{site.shape[0]} x {site.shape[1]}"
         ratio = f"{100 * site.parameters / site.dense_parameters:.2f} %"
         lines.append(
-            f"{site.family:<14} {site.copies:>6} {shape:>14} {site.parameters:>14,} {ratio:>9}  "
-            f"{site.plan}"
+            f"{site.family:<{wide}} {site.copies:>6} {shape:>14} {site.parameters:>14,} "
+            f"{ratio:>9}  {site.plan}"
         )
         facts = _site_facts(site)
         if facts:
-            lines.append(f"{'':<14} {', '.join(facts)}")
+            lines.append(f"{'':<{wide}} {', '.join(facts)}")
     return lines
 
 
 def _site_facts(site: SiteReport) -> list[str]:
     facts = [f"{site.num_experts} experts"] if site.num_experts else []
+    if site.calls > 1:
+        facts.append(f"each computes {site.calls} layers")
+    if site.num_shared:
+        facts.append(f"{site.copies} layers share {site.num_shared} central tensor(s)")
     if site.modes:
         facts.append("modes " + " ".join(f"{i}x{j}" for i, j in site.modes))
         if site.padded:

@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpotrain.config import RunConfig
+from mpotrain.config import RunConfig, vocabulary_problem
 from mpotrain.data.manifest import MANIFEST_NAME, read_manifest
 from mpotrain.engine.memory import StateMemory, StepTraffic, state_memory, step_traffic
 from mpotrain.errors import MpotrainError
 from mpotrain.models.activations import ActivationMemory, activation_memory
+from mpotrain.models.network import ROUTER
+from mpotrain.models.sites import ParameterInfo
 from mpotrain.parallel.plan import batch_layout
 from mpotrain.report.mixtures import MixtureReport, expert_sizes, mixture_report
 from mpotrain.report.sites import SiteReport, site_reports
@@ -27,6 +29,8 @@ class PlanReport:
         world_size: ranks it was weighed for.
         device: profile of the cost model.
         num_parameters: trainable parameters, tied weights once.
+        body_parameters: of them, without routers and without the heads of pretraining.
+        apart: which of these two there are.
         dense_num_parameters: of the same model with every site dense.
         by_role: parameters by role.
         by_part: parameters by family of sites, biases, norms and positions.
@@ -50,6 +54,8 @@ class PlanReport:
     world_size: int
     device: str
     num_parameters: int
+    body_parameters: int
+    apart: list[str]
     dense_num_parameters: int
     by_role: dict[str, int]
     by_part: dict[str, int]
@@ -106,11 +112,11 @@ def weigh(run: RunConfig, world_size: int = 1, device: str | None = None) -> Pla
     data_problems, notes = _data_problems(run)
     accumulation = _accumulation(run, world_size)
     sizes = [parameter.size for parameter in model.parameters()]
-    tokens = train.micro_batch_size * run.data.sequence_length
+    lengths = run.sample_lengths()
     sites = site_reports(run, device)
-    num_tokens = train.global_batch_size * run.data.sequence_length
+    num_tokens = train.global_batch_size * lengths.inputs
     passes = 8 if model.activation_checkpointing else 6
-    attention = passes * model.num_layers * model.hidden_size * run.data.sequence_length
+    attention = passes * model.attention_flops(lengths) * train.global_batch_size // 6
     experts = expert_sizes(run, world_size)
     buffers = sum(buffer.size for buffer in model.buffers())
     return PlanReport(
@@ -118,6 +124,8 @@ def weigh(run: RunConfig, world_size: int = 1, device: str | None = None) -> Pla
         world_size=world_size,
         device=device,
         num_parameters=sum(sizes),
+        body_parameters=model.body_parameters(),
+        apart=_apart(run),
         dense_num_parameters=sum(sizes)
         + sum(site.dense_parameters - site.parameters for site in sites),
         by_role=dict(_count((p.role, p.size) for p in model.parameters())),
@@ -125,11 +133,11 @@ def weigh(run: RunConfig, world_size: int = 1, device: str | None = None) -> Pla
         sites=sites,
         tokens_per_step=num_tokens,
         accumulation=accumulation,
-        model_flops_per_token=model.flops_per_token(run.data.sequence_length),
-        executed_flops_per_step=sum(s.flops_per_step for s in sites) + attention * num_tokens,
+        model_flops_per_token=model.flops_per_token(run.sample_lengths()),
+        executed_flops_per_step=sum(s.flops_per_step for s in sites) + attention,
         state=state_memory(run.engine, sizes, world_size, experts),
         activations=activation_memory(
-            model, tokens, run.data.sequence_length, BYTES[run.engine.dtype]
+            model, lengths, train.micro_batch_size, BYTES[run.engine.dtype]
         ),
         kept_by_plans=sum(site.kept_bytes for site in sites),
         transient=max(site.transient_bytes for site in sites),
@@ -182,11 +190,12 @@ def _data_problems(run: RunConfig) -> tuple[list[str], list[str]]:
             problems.append(f"{where}: {error}")
             continue
         digests.add(manifest.tokenizer.digest)
-        if manifest.tokenizer.vocab_size > run.model.vocab_size:
-            problems.append(
-                f"model.vocab_size: {run.model.vocab_size} is smaller than the vocabulary of "
-                f"{source.path}, {manifest.tokenizer.vocab_size}"
-            )
+        try:
+            run.data.objective.special(manifest.tokenizer)
+        except MpotrainError as error:
+            problems.append(str(error))
+        problem = vocabulary_problem(run, manifest.tokenizer.vocab_size, source.path)
+        problems += [] if problem is None else [problem]
     if len(digests) > 1:
         problems.append("data.sources: the folders were prepared with different tokenizers")
     return problems, notes
@@ -202,9 +211,19 @@ def _count(pairs: Any) -> Counter[str]:
 def _by_part(run: RunConfig) -> dict[str, int]:
     families = {site.name: site.family for site in run.model.all_sites()}
 
-    def part(name: str, site: str | None) -> str:
-        if site is None:
-            return "positions" if name == "position_embedding" else "norms"
-        return "biases" if name.endswith(".bias") else families[site]
+    def part(info: ParameterInfo) -> str:
+        if info.site is None:
+            return info.part
+        return "biases" if info.name.endswith(".bias") else families[info.site]
 
-    return dict(_count((part(p.name, p.site), p.size) for p in run.model.parameters()))
+    return dict(_count((part(p), p.size) for p in run.model.parameters()))
+
+
+def _apart(run: RunConfig) -> list[str]:
+    """Return what published sizes leave out and the model has."""
+    sites = run.model.all_sites()
+    kinds = {
+        "routers": any(site.family == ROUTER for site in sites),
+        "heads": any(site.is_head for site in sites),
+    }
+    return [kind for kind, present in kinds.items() if present]

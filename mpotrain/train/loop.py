@@ -15,6 +15,7 @@ from typing import Any
 
 from mpotrain.batch import Batch
 from mpotrain.engine.base import Engine, StepResult
+from mpotrain.engine.counts import pair_metrics
 from mpotrain.train.anomaly import AnomalyGuard
 from mpotrain.train.config import TrainConfig
 from mpotrain.train.metrics import MetricsWriter, Rate, Throughput, peak_memory
@@ -45,6 +46,8 @@ class LoopParts:
         bytes_per_token: of the training text, None where unknown.
         mixtures: names of the mixtures of experts, in the order of the rows of
             `StepResult.statistics`; their routers are reported where there are any.
+        tokens_per_sample: tokens of a sample by which speed is measured; None = the targets that
+            count in the loss (all of them in next-token prediction, few of them elsewhere).
     """
 
     engine: Engine
@@ -60,6 +63,7 @@ class LoopParts:
     spectra: Callable[[], Mapping[str, Any]]
     bytes_per_token: float | None
     mixtures: Sequence[str] = ()
+    tokens_per_sample: int | None = None
 
 
 class TrainingLoop:
@@ -118,7 +122,9 @@ class TrainingLoop:
             detail=log_due,
         )
         parts.profiler.after_step(state.step)
-        parts.throughput.step_done(result.num_tokens)
+        own = parts.tokens_per_sample
+        read = result.num_tokens if own is None else own * config.global_batch_size
+        parts.throughput.step_done(read)
         state = state.after(result, config.global_batch_size)
         with parts.throughput.excluded():
             self._report(state, result, lr, log_due)
@@ -162,6 +168,7 @@ class TrainingLoop:
                 memory_bytes=peak_memory(parts.engine.world.device),
             )
             values = _metrics(report, result, state, parts.guard) | _measured(rate)
+            values |= pair_metrics(result.statistics)
             parts.metrics.write(state.step, values)
             self._report_routers(state.step, result)
         parts.progress.update(report)

@@ -165,11 +165,12 @@ class Rate:
 class Throughput:
     """Measures tokens per second.
 
-    Definition: tokens that count in the loss (no padding, no masked targets), summed over all
-    ranks, divided by the wall time of the loop from the end of the step before to the end of the
-    step; waiting for data is inside. Not inside: the first `warmup_steps` after every start
-    (compilation, allocation, first reads), and all time under `excluded()` (evaluation,
-    checkpoints, reports). Skipped steps count: their work was done.
+    Definition: tokens that count in the loss (no padding, no masked targets), or, where few of a
+    sample's tokens are predicted, tokens that the network reads; summed over all ranks, divided by
+    the wall time of the loop from the end of the step before to the end of the step; waiting for
+    data is inside. Not inside: the first `warmup_steps` after every start (compilation,
+    allocation, first reads), and all time under `excluded()` (evaluation, checkpoints, reports).
+    Skipped steps count: their work was done.
 
     MFU = tokens per second x FLOPs per token / peak FLOPs per second of all devices (Chowdhery
     et al. 2022, appendix B), with the same tokens.
@@ -205,7 +206,7 @@ class Throughput:
         """Count a step that has just ended (its result is on the host, so the device is done).
 
         Args:
-            num_tokens: targets of the global batch that count in the loss.
+            num_tokens: tokens of the global batch, as the definition says.
         """
         now = self._clock()
         seconds = now - self._mark - self._away

@@ -13,8 +13,8 @@ from mpotrain.engine.base import Engine, StepResult
 from mpotrain.engine.config import NO_MASK, CentralMaskConfig, DeepSpeedConfig, LocalConfig
 from mpotrain.engine.deepspeed import DeepSpeedEngine
 from mpotrain.engine.local import LocalEngine
-from mpotrain.models.config import GPT2Config, GPT2Sites
 from mpotrain.models.gpt2 import GPT2
+from mpotrain.models.gpt2_config import GPT2Config, GPT2Sites
 from mpotrain.nn.config import DenseSite
 from mpotrain.nn.moe.config import (
     AsymmetricExpertSite,

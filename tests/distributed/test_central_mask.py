@@ -12,7 +12,7 @@ from distributed.mixture_model import engine_of, model_config, run_steps
 
 from mpotrain.engine.central_mask import CentralMask
 from mpotrain.engine.config import CentralMaskConfig, DeepSpeedConfig, LocalConfig
-from mpotrain.models.config import GPT2Config, GPT2Sites
+from mpotrain.models.gpt2_config import GPT2Config, GPT2Sites
 from mpotrain.nn.config import DenseSite, MPOSite
 from mpotrain.parallel.ranks import World
 

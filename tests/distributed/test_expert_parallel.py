@@ -31,12 +31,12 @@ from distributed.mixture_model import (
 from mpotrain.engine.base import StepResult
 from mpotrain.engine.config import DeepSpeedConfig, LocalConfig
 from mpotrain.errors import ParallelError
-from mpotrain.models.config import GPT2Config
 from mpotrain.models.gpt2 import GPT2
+from mpotrain.models.gpt2_config import GPT2Config
 from mpotrain.nn.moe.config import MPOExpertSite, RouterConfig
 from mpotrain.nn.roles import Role, role_of
 from mpotrain.parallel.ranks import World
-from mpotrain.pretrain import spectra_metrics
+from mpotrain.start import spectra_metrics
 
 LOCAL = LocalConfig(device="cpu")
 STEPS = 5

@@ -13,8 +13,8 @@ from mpotrain.batch import Batch
 from mpotrain.engine.config import DeepSpeedConfig
 from mpotrain.engine.deepspeed import DeepSpeedEngine
 from mpotrain.engine.memory import step_traffic
-from mpotrain.models.config import GPT2Config, GPT2Sites
 from mpotrain.models.gpt2 import GPT2
+from mpotrain.models.gpt2_config import GPT2Config, GPT2Sites
 from mpotrain.nn.config import TTMSite
 from mpotrain.parallel.ranks import World
 from mpotrain.train.config import AdamWConfig

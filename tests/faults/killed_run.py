@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mpotrain import pretrain
+from mpotrain import pretrain, start
 from mpotrain.batch import Batch
 from mpotrain.checkpoint.store import CheckpointStore
 from mpotrain.config import load_config
@@ -48,7 +48,7 @@ def main() -> int:
 
     LocalEngine.step = logged_step  # type: ignore[method-assign]
     CheckpointStore.save = killed_save  # type: ignore[method-assign]
-    pretrain.CheckpointStore = Store  # type: ignore[misc]
+    start.CheckpointStore = Store  # type: ignore[misc]
     return pretrain.train(load_config(run))
 
 

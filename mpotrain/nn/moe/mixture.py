@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional
 
+from mpotrain.nn.activation import ActivationName, activation
 from mpotrain.nn.moe.dispatch import Dispatcher
 from mpotrain.nn.moe.router import Router
 
 
 class MixtureOfExperts(nn.Module):
-    """Router, two expert matrices around a GELU (tanh approximation, as GPT-2), and the way back.
+    """Router, two expert matrices around an activation (GELU by tanh, as GPT-2), and the way back.
 
     Statistics are detached fp32 sums over the micro-batch, so that engines can add them up:
 
@@ -31,9 +31,15 @@ class MixtureOfExperts(nn.Module):
     dispatcher: Dispatcher
 
     def __init__(
-        self, router: Router, c_fc: nn.Module, c_proj: nn.Module, dispatcher: Dispatcher
+        self,
+        router: Router,
+        c_fc: nn.Module,
+        c_proj: nn.Module,
+        dispatcher: Dispatcher,
+        activation_name: ActivationName = "gelu_tanh",
     ) -> None:
         super().__init__()
+        self._activate = activation(activation_name)
         self.router, self.c_fc, self.c_proj = router, c_fc, c_proj
         self.dispatcher = dispatcher
 
@@ -53,7 +59,7 @@ class MixtureOfExperts(nn.Module):
         # With even loads every rank works on as many rows as it sends.
         nominal_rows = routing.experts.numel()
         rows = self.c_fc(dispatched.rows, dispatched.counts, nominal_rows)
-        rows = functional.gelu(rows, approximate="tanh")
+        rows = self._activate(rows)
         rows = self.c_proj(rows, dispatched.counts, nominal_rows)
         y = self.dispatcher.combine(rows, dispatched, gates)
         return y.view(x.shape), routing.auxiliary_loss, routing.statistics

@@ -7,10 +7,11 @@ import torch
 
 from mpotrain.batch import Batch
 from mpotrain.models.activations import activation_memory
-from mpotrain.models.config import GPT2Config, GPT2Sites
 from mpotrain.models.gpt2 import GPT2
+from mpotrain.models.gpt2_config import GPT2Config, GPT2Sites
 from mpotrain.nn.config import MPOSite, TTMSite
 from mpotrain.nn.linear import TensorizedEmbedding, TensorizedLinear
+from mpotrain.sample import causal_lengths
 from mpotrain.tensor.contract import rebuild
 from mpotrain.tensor.decompose import decompose
 
@@ -231,6 +232,6 @@ def test_foretold_activation_memory_is_what_autograd_keeps(
     data = batch(8, 64, 1024)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden = model.hidden(data.inputs)
-    foretold = activation_memory(config, 8 * 64, 64, 4 if dtype == torch.float32 else 2)
+    foretold = activation_memory(config, causal_lengths(64), 8, 4 if dtype == torch.float32 else 2)
     assert foretold.blocks == pytest.approx(sum(kept.values()), rel=0.1)
     del hidden

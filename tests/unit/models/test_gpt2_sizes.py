@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from mpotrain.config import load_config
-from mpotrain.models.config import GPT2Config, GPT2Sites
+from mpotrain.models.gpt2_config import GPT2Config, GPT2Sites
 from mpotrain.nn.config import DenseSite, MPOSite, TTMSite
+from mpotrain.sample import causal_lengths
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "runs"
 
@@ -91,4 +92,4 @@ def test_problems_name_every_impossible_value() -> None:
 
 def test_flops_per_token_count_every_matrix() -> None:
     matrices = 100 * 24 + 2 * (24 * 72 + 24 * 24 + 2 * 24 * 96)
-    assert TINY.flops_per_token(16) == 6 * matrices + 6 * 2 * 24 * 16
+    assert TINY.flops_per_token(causal_lengths(16)) == 6 * matrices + 6 * 2 * 24 * 16

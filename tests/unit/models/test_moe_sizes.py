@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mpotrain.config import load_config
-from mpotrain.models.config import GPT2Config, GPT2Sites
+from mpotrain.models.gpt2_config import GPT2Config, GPT2Sites
 from mpotrain.nn.config import DenseSite, TTMSite
 from mpotrain.nn.moe.config import (
     AsymmetricExpertSite,
@@ -15,6 +15,7 @@ from mpotrain.nn.moe.config import (
     MPOExpertSite,
     RouterConfig,
 )
+from mpotrain.sample import causal_lengths
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "runs"
 TINY = GPT2Config(
@@ -92,7 +93,10 @@ def test_counts_of_dense_experts_on_gpt2_small() -> None:
     assert model.num_parameters() == dense.num_parameters() + added
     assert model.active_parameters() == dense.num_parameters() + 12 * 8 * 768
     # What top-1 executes beyond the dense model is its router.
-    assert model.flops_per_token(512) - dense.flops_per_token(512) == 6 * 12 * 8 * 768
+    assert (
+        model.flops_per_token(causal_lengths(512)) - dense.flops_per_token(causal_lengths(512))
+        == 6 * 12 * 8 * 768
+    )
 
 
 def test_half_bonds_leave_a_quarter_of_the_shared_matrix() -> None:
@@ -109,7 +113,7 @@ def test_active_parameters_follow_top_k() -> None:
     assert config.num_parameters() - config.active_parameters() == own // 2
     one = replace(config, moe=replace(moe, router=replace(moe.router, top_k=1)))
     assert config.active_parameters() - one.active_parameters() == own // 4
-    flops = config.flops_per_token(16) - one.flops_per_token(16)
+    flops = config.flops_per_token(causal_lengths(16)) - one.flops_per_token(causal_lengths(16))
     assert flops == 6 * 2 * (24 * 96 + 96 * 24)
     assert TINY.active_parameters() == TINY.num_parameters()
 

@@ -1,0 +1,127 @@
+"""What the configuration of every network can tell without torch."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Literal
+
+from mpotrain.models.sites import ParameterInfo, Site
+from mpotrain.nn.moe.config import MoEConfig
+from mpotrain.sample import SampleLengths
+
+Objective = Literal["causal", "masked", "span_corruption"]
+"""What a network learns: the next token, masked tokens, or masked spans."""
+ROUTER = "router"
+"""Family of the matrices that choose experts."""
+
+
+class NetworkConfig:
+    """Base of all sections `model`: what follows from their sites and parameters.
+
+    Attributes:
+        objectives: kinds of `data.objective` that the network can learn.
+    """
+
+    objectives: ClassVar[tuple[Objective, ...]]
+
+    @property
+    @abstractmethod
+    def moe(self) -> MoEConfig | None:
+        """Mixtures of experts; None where the network has none."""
+
+    @property
+    @abstractmethod
+    def longest_sequence(self) -> int | None:
+        """Most tokens of a sequence that the network reads; None where there is no bound."""
+
+    @abstractmethod
+    def all_sites(self) -> list[Site]:
+        """Return every weight matrix, in the order of the forward pass within a family.
+
+        Raises:
+            SpecError: a representation does not fit its matrix; `problems` says so in advance.
+        """
+
+    @abstractmethod
+    def parameters(self) -> Iterator[ParameterInfo]:
+        """Yield every parameter of the model, without building it."""
+
+    @abstractmethod
+    def mixtures(self) -> list[str]:
+        """Return the logical names of the mixtures, in the order of their statistics."""
+
+    @abstractmethod
+    def attention_flops(self, lengths: SampleLengths) -> int:
+        """Return FLOPs of scores and weighted values of a sample, forward and backward."""
+
+    def buffers(self) -> Iterator[ParameterInfo]:
+        """Yield every persistent buffer: state that training changes without a gradient."""
+        if self.moe is not None and self.moe.router.balance_rate > 0:
+            for mixture in self.mixtures():
+                router, shape = f"{mixture}.router", (self.moe.num_experts,)
+                yield ParameterInfo(f"{router}.balance", shape, "buffer", router)
+
+    def has_central_tensors(self) -> bool:
+        """Return whether any matrix is a matrix product operator."""
+        return any(site.spec is not None for site in self.all_sites())
+
+    def num_parameters(self) -> int:
+        """Return the number of trainable parameters (tied weights counted once)."""
+        return sum(parameter.size for parameter in self.parameters())
+
+    def body_parameters(self) -> int:
+        """Return the parameters without routers and without the heads of pretraining.
+
+        Papers count so: MPOE leaves its routers out, ALBERT and MPOBERT their pretraining heads.
+        """
+        apart = {site.name for site in self.all_sites() if site.family == ROUTER or site.is_head}
+        return sum(p.size for p in self.parameters() if not p.is_head and p.site not in apart)
+
+    def active_parameters(self) -> int:
+        """Return the parameters that one token meets: of E experts the share of its top_k."""
+        if self.moe is None:
+            return self.num_parameters()
+        experts, top_k = self.moe.num_experts, self.moe.router.top_k
+        return sum(
+            parameter.size * top_k // experts if parameter.num_experts else parameter.size
+            for parameter in self.parameters()
+        )
+
+    def flops_per_sample(self, lengths: SampleLengths) -> int:
+        """Return dense-equivalent FLOPs of forward and backward for one sample.
+
+        6 FLOPs for every weight of the matrices that multiply a row (output layer included,
+        embedding look-up not; of experts those that the token goes to), and those of attention.
+        This is the model's work whatever the contraction plan; used for MFU.
+        """
+        matrices = sum(
+            site.in_features * site.out_features * site.top_k * site.calls * lengths.of(site.stream)
+            for site in self.all_sites()
+        )
+        return 6 * matrices + self.attention_flops(lengths)
+
+    def flops_per_token(self, lengths: SampleLengths) -> int:
+        """Return `flops_per_sample` over the tokens that the network reads of a sample."""
+        return self.flops_per_sample(lengths) // lengths.inputs
+
+
+def size_problems(
+    config: object, where: str, keys: Sequence[str], rates: Sequence[str]
+) -> list[str]:
+    """Return the sizes below 1 and the dropout rates outside [0, 1), one line each.
+
+    Args:
+        config: the section.
+        where: its dotted key.
+        keys: fields that count something.
+        rates: fields that are rates of dropout.
+    """
+    found = []
+    for name in keys:
+        if getattr(config, name) < 1:
+            found.append(f"{where}.{name}: must be at least 1, is {getattr(config, name)}")
+    for name in rates:
+        if not 0 <= getattr(config, name) < 1:
+            found.append(f"{where}.{name}: must be in [0, 1), is {getattr(config, name)}")
+    return found

@@ -1,0 +1,105 @@
+"""What layers of a deep network share, and what each owns (no torch)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mpotrain.schema import config
+
+BLOCK_FAMILIES = ("query", "key", "value", "attention_out", "c_fc", "c_proj")
+"""The six matrices of a block, one family each (Liu et al. 2023, section 3.1)."""
+ATTENTION_FAMILIES = BLOCK_FAMILIES[:4]
+
+
+@config
+class SharingConfig:
+    """Sharing over depth (MPOBERT, Liu et al. 2023; ALBERT, Lan et al. 2020)."""
+
+    scope: Literal["none", "central", "all"] = "none"
+    """What the layers of a group share: nothing, the central tensor of every tensorized family
+    (auxiliary tensors are each layer's own), or whole blocks as in ALBERT."""
+    groups: int = 1
+    """Groups of consecutive layers, each with its own shared tensors; must divide the layers."""
+    vectors: Literal["own", "tied"] = "own"
+    """Biases and norms: each layer's own, or one set for each group (scope `central`)."""
+    start: Literal["copies", "independent"] = "copies"
+    """Auxiliary tensors at start (scope `central`): one draw for all layers of a group, as after
+    decomposing a shared model, or a draw for each layer."""
+
+    def problems(self, where: str, num_layers: int) -> list[str]:
+        """Return everything that makes the sharing impossible, one line each.
+
+        Args:
+            where: dotted key of this section.
+            num_layers: layers of the network.
+        """
+        if self.groups < 1 or num_layers % self.groups:
+            possible = ", ".join(str(g) for g in range(1, num_layers + 1) if num_layers % g == 0)
+            return [
+                f"{where}.groups: {self.groups} groups do not divide {num_layers} layers; "
+                f"possible: {possible}"
+            ]
+        found = []
+        if self.scope == "none" and self.groups > 1:
+            found.append(f"{where}.groups: {self.groups}, but nothing is shared ({where}.scope)")
+        if self.vectors == "tied" and self.scope != "central":
+            found.append(
+                f'{where}.vectors: "tied" belongs to {where}.scope="central"; scope "all" shares '
+                "them anyway, scope none shares nothing"
+            )
+        if self.start == "independent" and self.scope != "central":
+            found.append(f'{where}.start: has an effect in {where}.scope="central" only')
+        return found
+
+
+@config
+class AdapterConfig:
+    """Low-rank additions U D of each layer's own to its matrices (Hu et al. 2022; MPOBERT 3.1)."""
+
+    rank: int = 8
+    """Rank r: U is (in, r) and starts at zero, D is (r, out) and starts Gaussian."""
+    families: tuple[Literal["query", "key", "value", "attention_out", "c_fc", "c_proj"], ...] = (
+        "query",
+        "key",
+        "value",
+        "attention_out",
+    )
+    """Matrices that get one; the published sizes fit the four of attention."""
+    std: float = 0.02
+    """Standard deviation of D at start."""
+
+    def problems(self, where: str) -> list[str]:
+        """Return every impossible value, one line each, beginning with the key under `where`."""
+        found = []
+        if self.rank < 1:
+            found.append(f"{where}.rank: must be at least 1, is {self.rank}")
+        if self.std <= 0:
+            found.append(f"{where}.std: must be positive, is {self.std}")
+        if not self.families:
+            found.append(f"{where}.families: is empty; leave the section out for no adapters")
+        if len(set(self.families)) < len(self.families):
+            found.append(f"{where}.families: a family is named twice")
+        return found
+
+
+@config
+class StartConfig:
+    """Start values of deep networks (stable initialisation)."""
+
+    auxiliary_scale: Literal["none", "per_side", "per_tensor"] = "none"
+    """Scaling of the auxiliary tensors with the depth L (Liu et al. 2023): `per_side` makes the
+    product of those left of the central tensor, and of those right of it, (2L)^(-1/4) times
+    smaller, which is what their corollary A.2 asks; `per_tensor` scales each one by (2L)^(-1/4), as
+    their algorithm 2 is written (W becomes (2L)^(-1) times smaller with two on each side)."""
+    unscaled_layers: int = 0
+    """First layers that keep their size: the depth of the shared model that a deeper one is made
+    of (24 in the paper); 0 from scratch."""
+    deepnorm: bool = False
+    """DeepNorm (Wang et al. 2022, arXiv 2203.00555) for post-norm: the residual is multiplied by
+    (2L)^(1/4), value, output and feed-forward matrices start (8L)^(-1/4) times smaller."""
+
+    def problems(self, where: str, num_layers: int) -> list[str]:
+        """Return every impossible value, one line each, beginning with the key under `where`."""
+        if 0 <= self.unscaled_layers <= num_layers:
+            return []
+        return [f"{where}.unscaled_layers: must be in 0..{num_layers}, is {self.unscaled_layers}"]

@@ -1,0 +1,355 @@
+"""One start of a run, whatever it trains: taken up where it stands, trained, recorded."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpotrain.assemble import build_engine, prepare_torch
+from mpotrain.batch import Batch
+from mpotrain.checkpoint.compare import config_differences, require_model
+from mpotrain.checkpoint.manifest import Manifest, Signature
+from mpotrain.checkpoint.store import CheckpointStore
+from mpotrain.config import RunSettings
+from mpotrain.data.dataset import changes
+from mpotrain.errors import (
+    EXIT_DONE,
+    EXIT_STOPPED,
+    ConfigError,
+    DataError,
+    ParallelError,
+    StorageError,
+)
+from mpotrain.nn.spectra import model_spectra
+from mpotrain.parallel.environment import resolve_environment
+from mpotrain.parallel.ranks import World, close_world, init_world
+from mpotrain.parallel.watch import watch_parent
+from mpotrain.run_record import (
+    CHECKPOINTS,
+    TrainingData,
+    position_of,
+    record_outcome,
+    record_start,
+)
+from mpotrain.schema import to_dict
+from mpotrain.train.anomaly import AnomalyGuard
+from mpotrain.train.config import ProfileConfig
+from mpotrain.train.loop import LoopParts, TrainingLoop
+from mpotrain.train.metrics import MetricsWriter, Throughput
+from mpotrain.train.profiler import StepProfiler
+from mpotrain.train.progress import Progress
+from mpotrain.train.signals import StopReason, StopRequest
+from mpotrain.train.state import Outcome, RunState
+
+StartFactory = Callable[[World, StopRequest, ExitStack], "Start"]
+"""Opens the data of a run on one rank."""
+
+
+def launch(run: RunSettings, build: StartFactory, *, fresh: bool, profile: bool) -> int:
+    """Run one start as one rank of its world.
+
+    Args:
+        run: the validated run.
+        build: called once this rank has joined the world.
+        fresh: refuse to go on with what the run folder holds.
+        profile: record a few steps even if the run file asks for none.
+
+    Returns:
+        The exit code: done, or stopped on request.
+
+    Raises:
+        MpotrainError: see the subclasses; the outcome file of the run folder says so too.
+    """
+    prepare_torch(run)
+    ranks = resolve_environment(os.environ)
+    if problems := run.problems(ranks.size):
+        raise ConfigError([f"with {ranks.size} process(es): {problem}" for problem in problems])
+    limit = run.train.time_limit_minutes
+    stop = StopRequest(
+        Path(run.folder),
+        time_limit_seconds=None if limit is None else 60 * limit,
+        watch_file=ranks.rank == 0,
+    )
+    # Signals count from here on: one that comes while the model is built or a checkpoint is read
+    # stops the run at its first step instead of killing it.
+    with stop:
+        world = init_world(run.engine.kind, run.engine.device, ranks=ranks)
+        try:
+            return _launch(run, build, world, stop, fresh, profile)
+        finally:
+            close_world(world)
+
+
+def _launch(
+    run: RunSettings,
+    build: StartFactory,
+    world: World,
+    stop: StopRequest,
+    fresh: bool,
+    profile: bool,
+) -> int:
+    folder = Path(run.folder)
+    start: Start | None = None
+    try:
+        with ExitStack() as stack:
+            start = build(world, stop, stack)
+            outcome, state = start.go(fresh, profile)
+    except Exception as error:
+        lost_peer = world.size > 1 and _is_lost_peer(error)
+        # A start that was refused must not mark a run that it has not touched.
+        if world.is_main and start is not None and start.has_begun:
+            with suppress(StorageError):
+                if lost_peer:
+                    record_outcome(folder, Outcome.STOPPED, "another rank was lost")
+                else:
+                    record_outcome(folder, "failed", f"{type(error).__name__}: {error}")
+        if lost_peer:
+            raise ParallelError(
+                f"the connection to another rank broke, which has failed or was killed; its own "
+                f"log says why ({error})"
+            ) from error
+        raise
+    if world.is_main:
+        record_outcome(folder, outcome, f"step {state.step}")
+    start.progress.note(f"{outcome}: {run.name} at step {state.step:,} of {run.train.steps:,}")
+    return EXIT_STOPPED if outcome is Outcome.STOPPED else EXIT_DONE
+
+
+def _is_lost_peer(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone (gloo has no type for it)."""
+    if isinstance(error, torch.distributed.DistBackendError):
+        return True
+    signs = ("closed by peer", "Connection reset", "Connection refused", "Timed out waiting")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+class Start(ABC):
+    """One start of a run on one rank: everything that is built and must be closed again.
+
+    Subclasses say what is trained on what; how a run is taken up, saved and recorded is the same
+    for all.
+
+    Attributes:
+        run: the validated run.
+        world: the ranks.
+        data: what is trained on.
+        progress: what a person sees.
+        has_begun: whether the run folder was touched.
+    """
+
+    def __init__(
+        self,
+        run: RunSettings,
+        data: TrainingData,
+        world: World,
+        stop: StopRequest,
+        stack: ExitStack,
+        *,
+        allow_data_change: bool = False,
+    ) -> None:
+        """Prepare a start; nothing is written yet.
+
+        Args:
+            run: the validated run.
+            data: what is trained on.
+            world: the ranks.
+            stop: requests to stop.
+            stack: closes what is opened here.
+            allow_data_change: go on although the data differ from those of the checkpoint.
+        """
+        self.run, self.data, self.world, self.stop, self.stack = run, data, world, stop, stack
+        self.has_begun = False
+        self.folder = Path(run.folder)
+        self._allow_data_change = allow_data_change
+        self.store = CheckpointStore(self.folder / CHECKPOINTS, run.checkpoint, world)
+        stack.callback(self.store.close)
+        self.guard = AnomalyGuard(run.train.anomaly)
+        self.progress = Progress(run.train.steps, is_main=world.is_main, every=run.train.log_every)
+
+    @abstractmethod
+    def build_model(self, *, resumes: bool) -> nn.Module:
+        """Build the network with its start weights.
+
+        Args:
+            resumes: a checkpoint will replace all weights.
+        """
+
+    @abstractmethod
+    def signatures(self, model: nn.Module) -> Mapping[str, Signature]:
+        """Return role and global shape of all that a checkpoint holds."""
+
+    @abstractmethod
+    def microbatches(self) -> Callable[[int], Sequence[Batch]]:
+        """Return the function that gives this rank's micro-batches at a data position."""
+
+    @abstractmethod
+    def evaluator(self) -> Callable[[], Mapping[str, Any]] | None:
+        """Return the function that evaluates (collective); None where nothing is evaluated."""
+
+    def described(self) -> dict[str, Any]:
+        """Return the resolved configuration as checkpoints keep it."""
+        return to_dict(self.run)
+
+    def throughput(self) -> Throughput:
+        """Return what measures the speed."""
+        return Throughput()
+
+    def mixtures(self) -> Sequence[str]:
+        """Return the names of the mixtures of experts."""
+        return ()
+
+    def tokens_per_sample(self) -> int | None:
+        """Return the tokens of a sample by which speed is measured; None = targets."""
+        return None
+
+    def bytes_per_token(self) -> float | None:
+        """Return the bytes of text of a target; None where that means nothing."""
+        return None
+
+    def go(self, fresh: bool, profile: bool) -> tuple[Outcome, RunState]:
+        """Take the run up, or begin it, and train.
+
+        Args:
+            fresh: refuse to go on with what the run folder holds.
+            profile: record a few steps even if the run file asks for none.
+        """
+        run = self.run
+        self.store.claim()
+        manifest = self.store.latest()
+        if fresh and manifest is not None:
+            raise ConfigError(
+                [
+                    f"--fresh: {self.folder} already holds a run at step {manifest.step}; choose "
+                    "another folder (folder=...), or move it away"
+                ]
+            )
+        if manifest is not None:
+            self._check_data(manifest)
+        model = self.build_model(resumes=manifest is not None)
+        signatures = self.signatures(model)
+        if manifest is not None:
+            require_model(manifest, signatures, self.described())
+        self.engine = build_engine(run, model, self.world)
+        self.stack.callback(self.engine.close)
+        state = RunState() if manifest is None else self._resume(manifest)
+        self.has_begun = True
+        self.world.together(lambda: self._record(state.step))
+        resume_step = None if manifest is None else state.step
+        parts = self.world.together(lambda: self._parts(profile, resume_step))
+        return TrainingLoop(run.train, run.checkpoint.every, parts).run(state)
+
+    def _record(self, step: int) -> None:
+        if self.world.is_main:
+            record_start(self.run, self.world, step, self.data.tokenizer_path)
+
+    def _check_data(self, manifest: Manifest) -> None:
+        if manifest.run.data_fingerprint == self.data.digest:
+            return
+        before = manifest.run.train_state.get("data", {})
+        lines = "\n".join(f"  {line}" for line in changes(before, self.data.fingerprint))
+        text = (
+            f"the data are not those of the checkpoint of step {manifest.step}: samples would be "
+            f"repeated or skipped\n{lines}"
+        )
+        if not self._allow_data_change:
+            raise DataError(f"{text}\nrestore them, or go on with --allow-data-change")
+        self.progress.note(text)
+
+    def _resume(self, manifest: Manifest) -> RunState:
+        reader = self.store.open(manifest.step)
+        saved = manifest.run
+        counters = saved.train_state.get("counters")
+        self.engine.import_state(reader.read, saved.num_updates, counters)
+        self.guard.load_state_dict(saved.train_state["anomaly"])
+        state = RunState(
+            step=saved.step,
+            consumed_samples=saved.consumed_samples,
+            num_updates=saved.num_updates,
+            tokens=int(saved.train_state["tokens"]),
+        )
+        note = self.progress.note
+        if state.step > self.run.train.steps:
+            note(f"the run is already beyond train.steps={self.run.train.steps}: nothing to do")
+        note(
+            f"resuming {self.run.name} at step {state.step:,} of {self.run.train.steps:,}, "
+            f"sample {state.consumed_samples:,}, {state.tokens:,} tokens"
+        )
+        for step, problems in self.store.rejected.items():
+            note(f"  checkpoint of step {step} ignored: {'; '.join(problems[:3])}")
+        for line in config_differences(saved.config, self.described()):
+            note(f"  changed since: {line}")
+        return state
+
+    def _save(self, state: RunState) -> None:
+        run = self.run
+        engine: dict[str, Any] = {"kind": run.engine.kind, "world_size": self.world.size}
+        engine |= {"dtype": run.engine.dtype, "zero_stage": getattr(run.engine, "zero_stage", None)}
+        engine |= {"expert_ranks": run.parallel.expert}
+        counters = {"anomaly": self.guard.state_dict(), "counters": self.engine.counters()}
+        position = position_of(run, self.data, state, counters, engine)
+        self.store.save(replace(position, config=self.described()), self.engine.export_state())
+
+    def _parts(self, profile: bool, resume_step: int | None) -> LoopParts:
+        run, world, stack = self.run, self.world, self.stack
+        config = run.train
+        microbatches = self.microbatches()
+        metrics = MetricsWriter(
+            self.folder, is_main=world.is_main, tensorboard=config.tensorboard,
+            resume_step=resume_step,
+        )  # fmt: skip
+        stack.callback(metrics.close)
+        stop = self.stop
+        if world.size > 1:
+            stack.enter_context(watch_parent(lambda: stop.request(StopReason.LAUNCHER_DIED)))
+        chosen = config.profile or (default_profile(config.steps) if profile else None)
+        return LoopParts(
+            engine=self.engine,
+            microbatches=microbatches,
+            guard=self.guard,
+            metrics=metrics,
+            progress=self.progress,
+            throughput=self.throughput(),
+            stop=stop,
+            profiler=StepProfiler(chosen, self.folder, rank=world.rank, device=world.device),
+            save=self._save,
+            evaluate=self.evaluator(),
+            spectra=self._spectra,
+            bytes_per_token=self.bytes_per_token(),
+            mixtures=self.mixtures(),
+            tokens_per_sample=self.tokens_per_sample(),
+        )
+
+    def _spectra(self) -> Mapping[str, Any]:
+        with self.engine.full_parameters():
+            if not self.world.is_main:
+                return {}
+            return spectra_metrics(self.engine.model)
+
+
+def spectra_metrics(model: nn.Module) -> dict[str, Any]:
+    """Return norms and normalised entropies of all cores, and how far experts differ."""
+    norms: dict[str, float] = {}
+    entropies: dict[str, float] = {}
+    spreads: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for site in model_spectra(model):
+        weights[site.name] = site.weight_norm
+        if site.num_experts:
+            spreads[site.name] = site.expert_spread
+        norms |= {f"{site.name}.cores.{k}": norm for k, norm in enumerate(site.norms)}
+        entropies |= {f"{site.name}.bond.{k}": v for k, v in enumerate(site.normalised, start=1)}
+    found = {"core_norm": norms, "bond_entropy": entropies, "weight_norm": weights}
+    return found | {"expert_spread": spreads} if spreads else found
+
+
+def default_profile(steps: int) -> ProfileConfig:
+    """Return what `--profile` records: three steps after the warm-up, fewer in a short run."""
+    return ProfileConfig(start_step=min(10, max(steps - 3, 0)), num_steps=min(3, steps))
