@@ -1,0 +1,200 @@
+"""The file of a fine-tuning run: a pretrained encoder, a task, and how it is trained (no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mpotrain.checkpoint.config import CheckpointConfig
+from mpotrain.config_file import validate
+from mpotrain.engine.config import EngineConfig, LocalConfig, expert_problems
+from mpotrain.engine.config import problems as engine_problems
+from mpotrain.layered_toml import read_layers
+from mpotrain.parallel.plan import ParallelConfig, batch_problems
+from mpotrain.schema import config
+from mpotrain.train.config import TrainConfig
+from mpotrain.tune.tasks import FORMATS, GlueTask, TaskFormat, metrics_for
+
+MIN_SEQUENCE = 5
+"""Tokens of the shortest sequence: three marks and a token of each of two texts."""
+
+
+@config
+class GlueConfig:
+    """A task of GLUE (Wang et al. 2019), its files as they are downloaded."""
+
+    kind: GlueTask
+    """Which task."""
+    train: str
+    """File with the training examples (`train.tsv`)."""
+    validation: str
+    """File with the examples that are evaluated (`dev.tsv`; of MNLI `dev_matched.tsv`)."""
+    mismatched: str | None = None
+    """MNLI: examples of genres that are not trained on (`dev_mismatched.tsv`), reported apart."""
+    sequence_length: int | None = None
+    """Tokens of an example, marks included; longer texts are cut. Absent: all positions that the
+    encoder has."""
+    max_bad_lines: int = 0
+    """Lines of a file that may be unreadable and are left out; with more the start is refused."""
+
+    def format(self) -> TaskFormat:
+        """Return columns, classes and metrics."""
+        return FORMATS[self.kind]
+
+    def validation_files(self) -> dict[str, str]:
+        """Return the files that are evaluated, by the prefix of their metrics."""
+        files = {"": self.validation}
+        return files if self.mismatched is None else files | {"mismatched_": self.mismatched}
+
+    def problems(self, where: str) -> list[str]:
+        """Return every mistake in this section as lines that begin with the dotted key."""
+        found = _file_problems(self, where)
+        if self.mismatched is not None and self.kind != "mnli":
+            found.append(f"{where}.mismatched: only mnli has such a file; leave it out")
+        elif self.mismatched is not None and not self.mismatched.strip():
+            found.append(f"{where}.mismatched: is empty; name a file, or leave it out")
+        return found
+
+
+@config
+class TsvConfig:
+    """A task of one's own: tab-separated columns under a line with their names, no quoting."""
+
+    kind: Literal["tsv"] = "tsv"
+    """Tag of this variant."""
+    train: str
+    """File with the training examples."""
+    validation: str
+    """File with the examples that are evaluated."""
+    text: str
+    """Name of the column with the (first) text."""
+    pair: str | None = None
+    """Name of the column with the second text; absent: there is one text."""
+    label: str
+    """Name of the column with the class or the number."""
+    labels: tuple[str, ...] = ()
+    """The classes as they stand in the files; empty: the label is a number (regression)."""
+    sequence_length: int | None = None
+    """Tokens of an example, marks included; longer texts are cut. Absent: all positions that the
+    encoder has."""
+    max_bad_lines: int = 0
+    """Lines of a file that may be unreadable and are left out; with more the start is refused."""
+
+    def format(self) -> TaskFormat:
+        """Return columns, classes and metrics."""
+        metrics = metrics_for(len(self.labels))
+        return TaskFormat(self.text, self.pair, self.label, self.labels, metrics)
+
+    def validation_files(self) -> dict[str, str]:
+        """Return the files that are evaluated, by the prefix of their metrics."""
+        return {"": self.validation}
+
+    def problems(self, where: str) -> list[str]:
+        """Return every mistake in this section as lines that begin with the dotted key."""
+        found = _file_problems(self, where)
+        names = {"text": self.text, "pair": self.pair, "label": self.label}
+        columns = [name for name in names.values() if name is not None]
+        found += [f"{where}.{key}: is empty" for key, name in names.items() if name == ""]
+        if len(set(columns)) < len(columns):
+            found.append(f"{where}.text: text, pair and label must be different columns")
+        if len(self.labels) == 1:
+            found.append(f"{where}.labels: one class alone leaves nothing to learn; name them all")
+        twice = sorted({name for name in self.labels if self.labels.count(name) > 1})
+        found += [f"{where}.labels: {name!r} is named twice" for name in twice]
+        return found
+
+
+TaskConfig = Annotated[GlueConfig | TsvConfig, Field(discriminator="kind")]
+
+
+@config
+class TuneConfig:
+    """Everything that defines a fine-tuning run.
+
+    In `train` a sample is an example of the task, and `seed` also decides their order. Evaluations
+    always read the whole validation file, so `train.eval_sequences` has no effect; without
+    `train.eval_every` there is one at the end.
+    """
+
+    name: str
+    """Name of the run, shown in logs."""
+    folder: str
+    """Run folder: checkpoints, metrics, resolved configuration, results."""
+    source: str
+    """Pretrained encoder: a run folder (its newest checkpoint counts), or one checkpoint. Only the
+    first start reads it."""
+    task: TaskConfig
+    """What is learned: files, columns, classes."""
+    train: TrainConfig
+    """Steps, batch, optimizer, schedule, policies, intervals."""
+    dropout: float = 0.1
+    """Dropout before the classifier; that of the encoder is the one it was pretrained with."""
+    engine: EngineConfig = LocalConfig()
+    """The back end that runs a step."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Parallel degrees; the world is checked against them."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Interval, retention and verification of checkpoints."""
+
+    def problems(self, world_size: int | None = None) -> list[str]:
+        """Return everything that makes the run impossible, one line each, with dotted keys.
+
+        Args:
+            world_size: number of processes where it is known.
+        """
+        found = [
+            f"{key}: is empty"
+            for key in ("name", "folder", "source")
+            if not getattr(self, key).strip()
+        ]
+        found += [
+            *self.task.problems("task"),
+            *self.train.problems("train"),
+            *self.checkpoint.problems("checkpoint"),
+            *self.parallel.problems("parallel"),
+            *engine_problems(self.engine, world_size, "engine"),
+            *expert_problems(self.engine, self.parallel.expert, None, world_size),
+        ]
+        if not 0 <= self.dropout < 1:
+            found.append(f"dropout: must be in [0, 1), is {self.dropout}")
+        if world_size is not None:
+            found += batch_problems(
+                self.train.global_batch_size, self.train.micro_batch_size, world_size, self.parallel
+            )
+        return found
+
+
+def load_tune_config(path: Path, overrides: Sequence[str] = ()) -> TuneConfig:
+    """Read, merge and validate the file of a fine-tuning run.
+
+    Args:
+        path: TOML file; may extend others.
+        overrides: `dotted.key=value` lines.
+
+    Returns:
+        The validated run.
+
+    Raises:
+        ConfigError: with every mistake, each with its file and dotted key.
+    """
+    return validate(TuneConfig, read_layers(path, overrides))
+
+
+def _file_problems(task: GlueConfig | TsvConfig, where: str) -> list[str]:
+    """Return what is wrong with the fields that all tasks have."""
+    found = [
+        f"{where}.{key}: is empty; name a file"
+        for key in ("train", "validation")
+        if not getattr(task, key).strip()
+    ]
+    if task.sequence_length is not None and task.sequence_length < MIN_SEQUENCE:
+        found.append(
+            f"{where}.sequence_length: is {task.sequence_length} but must be at least "
+            f"{MIN_SEQUENCE}: three marks and a token of each text"
+        )
+    if task.max_bad_lines < 0:
+        found.append(f"{where}.max_bad_lines: must not be negative, is {task.max_bad_lines}")
+    return found
