@@ -10,9 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import mixtures
+from benchmarks import comparison
+from benchmarks.comparison import Run, train_all
 from benchmarks.mixture_results import Figures, markdown_table, summarise
-from benchmarks.mixtures import RUN_FILE, VARIANTS, Run, train_all
+from benchmarks.mixtures import RUN_FILE, VARIANTS
 from mpotrain.config import load_config
 from mpotrain.errors import EXIT_ANOMALY, MpotrainError
 from mpotrain.tensor.experts import ExpertShape, auxiliary_shapes
@@ -90,7 +91,7 @@ def test_table_of_one_seed_claims_no_deviation() -> None:
 
 def make_runs(folder: Path, names: list[str]) -> list[Run]:
     return [
-        Run(name, 1, [], load_config(RUN_FILE, [f'folder="{(folder / "runs" / name).as_posix()}"']))
+        Run(name, 1, RUN_FILE, [], load_config(RUN_FILE, [f'folder="{folder}/runs/{name}"']))
         for name in names
     ]
 
@@ -112,8 +113,8 @@ def scheduler(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         seen.finished.append(name)
         return SimpleNamespace(validation_loss=1.0)
 
-    monkeypatch.setattr(mixtures, "_start", start)
-    monkeypatch.setattr(mixtures, "read_variant", read)
+    monkeypatch.setattr(comparison, "_start", start)
+    monkeypatch.setattr(comparison, "read_variant", read)
     return seen
 
 
