@@ -68,12 +68,14 @@ class Comparison:
         variants: overrides of each variant.
         write: writes tables, plots and figures of all finished runs; gets the folder, the runs and
             what is to be recorded of settings, data and machine.
+        first_seed: variants that are trained with the first seed alone.
     """
 
     name: str
     run_file: Path
     variants: Mapping[str, tuple[str, ...]]
     write: Callable[[Path, Sequence[Run], argparse.Namespace, dict[str, Any]], None]
+    first_seed: frozenset[str] = frozenset()
 
     def main(self, parser: argparse.ArgumentParser) -> None:
         """Prepare the text, train what is not trained yet, write the results.
@@ -133,6 +135,7 @@ class Comparison:
             self._run(options.out, variant, seed, shared)
             for seed in range(1, options.seeds + 1)
             for variant in options.variants
+            if seed == 1 or variant not in self.first_seed
         ]
 
     def _run(self, out: Path, variant: str, seed: int, shared: Sequence[str]) -> Run:
