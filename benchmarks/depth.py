@@ -4,11 +4,11 @@
     python -m benchmarks.depth --out runs/depth --source passages.jsonl --jobs 2
 
 24 layers that share everything (ALBERT), central tensors alone (MPOBERT, Liu et al. 2023) without
-and with adapters, or nothing; and 48 post-norm layers that share central tensors, with the scaling of
-the stable initialisation and without (first seed alone). All variants share base model, text, order
-of the samples and schedule (benchmarks/depth.toml). Writes a table, a plot of the loss against the
-parameters, the training curves and gradient norms of the deep runs, and a JSON file with all figures,
-hardware, versions and commit.
+and with adapters, or nothing; and 48 post-norm layers that share central tensors, with the scaling
+of the stable initialisation and without (first seed alone). All variants share base model, text,
+order of the samples and schedule (benchmarks/depth.toml). Writes a table, a plot of the loss
+against the parameters, the training curves and gradient norms of the deep runs, and a JSON file
+with all figures, hardware, versions and commit.
 """
 
 from __future__ import annotations
