@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from run_folders import ADAPTER, ALBERT, CENTRAL, SHARED, Workshop
 from run_process import curve, train, write_run
 
 from mpotrain.cli import main
@@ -50,6 +51,35 @@ def test_every_layout_takes_up_the_converted_weights(
         assert [row[0] for row in rows] == [1, 2, 3, 4]
         # The first loss is that of the dense model; dropout draws are those of the step.
         assert rows[0][1] == pytest.approx(curve(plain)[0][1], rel=1e-5), name
+        for row, expected in zip(rows, curves["local"], strict=True):
+            assert row[1] == pytest.approx(expected[1], rel=1e-5), name
+            assert row[3] == pytest.approx(expected[3], rel=1e-4), name
+
+
+DEEP = [*ALBERT, *CENTRAL, *ADAPTER]
+ZERO3 = "engine={kind='deepspeed', zero_stage=3, persistence_threshold=0}"
+ENCODER_LAYOUTS = {
+    "local": ("alone", 1, "engine.kind=local"),
+    "zero1": ("torchrun", 2, "engine={kind='deepspeed', zero_stage=1}"),
+    "zero3": ("torchrun", 2, ZERO3),
+}
+
+
+def test_every_layout_takes_up_a_depth_shared_encoder(markov_data: Path, tmp_path: Path) -> None:
+    shop = Workshop(tmp_path, markov_data)
+    assert shop.train("encoder", "shared", *ALBERT, *SHARED) == 0
+    same = shop.made(tmp_path / "shared", "encoder", "same", *ALBERT, *SHARED)
+    assert shop.train("encoder", "same", *ALBERT, *SHARED) == 0
+    curves = {}
+    for name, (launcher, world, engine) in ENCODER_LAYOUTS.items():
+        folder = shop.made(tmp_path / "shared", "encoder", name, *DEEP)
+        run, _ = shop.run_file("encoder", name)
+        train(run, *DEEP, engine, launcher=launcher, world=world)
+        curves[name] = curve(folder)
+    for name, rows in curves.items():
+        assert [row[0] for row in rows] == [1, 2, 3]
+        # The first loss is that of the shared model: adapters begin with zero.
+        assert rows[0][1] == pytest.approx(curve(same)[0][1], rel=1e-5), name
         for row, expected in zip(rows, curves["local"], strict=True):
             assert row[1] == pytest.approx(expected[1], rel=1e-5), name
             assert row[3] == pytest.approx(expected[3], rel=1e-4), name

@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 import torch
 from hub_model import random_gpt2
+from mixture_cases import MIXTURES, SWITCH
 from run_process import write_run
 
 from mpotrain.checkpoint.reader import CheckpointReader, open_checkpoint
@@ -29,30 +30,6 @@ BASE = [
     "train.eval_every=4",
     "train.schedule.warmup_steps=0",
 ]
-FIVE_CORES = (
-    'c_fc={kind="mpo", in_modes=[2, 2, 2, 2, 2], out_modes=[2, 2, 4, 4, 2]}, '
-    'c_proj={kind="mpo", in_modes=[2, 2, 4, 4, 2], out_modes=[2, 2, 2, 2, 2]}'
-)
-THREE_CORES = (
-    'c_fc={kind="mpo", in_modes=[4, 2, 4], out_modes=[4, 8, 4]}, '
-    'c_proj={kind="mpo", in_modes=[4, 8, 4], out_modes=[4, 2, 4]}'
-)
-ASYMMETRIC = (
-    'c_fc={kind="asymmetric", in_mode=8, out_mode=16}, '
-    'c_proj={kind="asymmetric", in_mode=16, out_mode=8}'
-)
-SWITCH = 'top_k=1, gate="straight_through"'
-MIXTURES = {
-    "top-1": f"num_experts=4, router={{{SWITCH}}}, {THREE_CORES}",
-    "top-1, gate at the input": f"num_experts=3, router={{{SWITCH}, gate_at='input'}}, "
-    f"{ASYMMETRIC}",
-    "top-2, published shape": f"num_experts=4, router={{top_k=2}}, {FIVE_CORES}",
-    "balanced, no token dropped": f"num_experts=4, router={{{SWITCH}, bias=true, "
-    f"balance_rate=0.01, eval_capacity_factor=4.0}}, {ASYMMETRIC}",
-    "all experts": f"num_experts=2, router={{top_k=2, normalise=false}}, {THREE_CORES}",
-    "one expert": f"num_experts=1, {THREE_CORES}",
-    "dense experts in every other block": f"num_experts=3, every=2, router={{{SWITCH}}}",
-}
 
 
 @pytest.fixture(scope="module")
@@ -253,13 +230,12 @@ def test_all_reasons_against_a_conversion_are_given_at_once(
     )
     refused(
         convert(dense, dense, *moe(mixture), *wrong), capsys,
-        "9 problems",
+        "8 problems",
         "has a checkpoint of step 4",
         "model.num_heads: is 8, the source has 4",
         "model.vocab_size: is 384, the source has 320; set model.vocab_size=320",
         "model.context_length: is 64, the source has 32",
         "model.sites.qkv.bias: is False",
-        "model.sites.qkv: the source has another representation (kind=dense)",
         "model.moe.c_fc.bias: is False",
         'model.moe.router.gate: "probability" multiplies',
         "model.moe.router.eval_capacity_factor: is 2.0, which can drop tokens",
@@ -270,7 +246,8 @@ def test_all_reasons_against_a_conversion_are_given_at_once(
     ("more", "word"),
     [
         (["--to", "mpo-moe"], "model.moe: is absent"),
-        (["--to", "gpt2", "model.moe={num_experts=2}"], "model.moe: --to gpt2 keeps the network"),
+        (["--to", "gpt2", "model.moe={num_experts=2}"], "model.moe: --to gpt2 makes no experts"),
+        (["--to", "encoder"], "model.kind: is gpt2, but --to encoder was asked for"),
         (moe("num_experts=4, router={top_k=2, normalise=false}"), "router.normalise: is false"),
         (["--to", "gpt2", "--tolerance", "nan"], "--tolerance nan"),
         (["--to", "gpt2", "--step", "77"], "no checkpoint of step 77"),
@@ -291,19 +268,31 @@ def test_only_the_first_of_several_ranks_converts(
     assert not (tmp_path / "run").exists()
 
 
-def test_mixtures_and_tensorized_layers_are_no_source_of_experts(
+def test_mixtures_are_no_source(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mixture = tmp_path / "mixture"
     assert convert(dense, mixture, *moe(MIXTURES["top-1"])) == 0
     again = convert(dense, tmp_path / "run", *moe(MIXTURES["top-1"]), source=mixture)
     refused(again, capsys, "has mixtures of experts")
-    ttm = [*BASE[2:], "train.steps=1", f'folder="{tmp_path / "ttm"}"']
-    assert main(["train", str(dense.parent / "run.toml"), *ttm]) == 0
     again = convert(dense, tmp_path / "run", "--to", "gpt2", source=tmp_path / "nothing")
     refused(again, capsys, "holds no checkpoint; name a run folder")
-    again = convert(dense, tmp_path / "run", *moe(MIXTURES["top-1"]), source=tmp_path / "ttm")
-    refused(again, capsys, "its model.sites.c_fc is ttm", "its model.sites.c_proj is mpo")
+
+
+def test_tensorized_layers_become_dense_ones_and_experts(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ttm = [*BASE[2:], "train.steps=1", f'folder="{tmp_path / "ttm"}"']
+    assert main(["train", str(dense.parent / "run.toml"), *ttm]) == 0
+    expected = scores(tmp_path / "ttm")
+    for name, choice in {"dense": ["--to", "gpt2"], "mixture": moe(MIXTURES["top-1"])}.items():
+        assert convert(dense, tmp_path / name, *choice, source=tmp_path / "ttm") == 0
+        torch.testing.assert_close(scores(tmp_path / name), expected, rtol=0, atol=1e-5)
+    capsys.readouterr()
+    back = ["--to", "gpt2", 'model.sites.c_fc={kind="mpo", in_modes=[8, 4], out_modes=[16, 8]}']
+    assert convert(dense, tmp_path / "back", *back, source=tmp_path / "dense") == 0
+    assert capsys.readouterr().out.count("bonds 32; exact, rounding") == 2
+    torch.testing.assert_close(scores(tmp_path / "back"), expected, rtol=0, atol=1e-5)
 
 
 def test_a_run_that_has_begun_and_other_tokenizers_are_refused(
