@@ -7,95 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from encoder_runs import folder_of, prepare_stories, write_kind
 from run_process import command, curve, environment, state, train
 from test_launchers import same_curve
 
-from mpotrain.data.config import PrepareConfig, SentencePieceConfig
-from mpotrain.data.prepare import prepare
 from mpotrain.train.journal import read_metrics
 
-RUN = """
-name = "tiny"
-folder = "{folder}"
-
-[model]
-{model}
-
-[data]
-sources = [{{ path = "{data}" }}]
-sequence_length = 48
-seed = 3
-split = [0.8, 0.2, 0.0]
-
-[data.objective]
-{objective}
-
-[train]
-steps = 20
-global_batch_size = 8
-micro_batch_size = 2
-seed = 7
-log_every = 1
-eval_every = 10
-eval_sequences = 12
-tensorboard = false
-
-[train.optimizer]
-kind = "lamb"
-core_lr_factor = 0.5
-weight_decay = 0.05
-max_trust = 5.0
-
-[train.schedule]
-kind = "cosine"
-lr = 1e-2
-warmup_steps = 4
-
-[checkpoint]
-every = 6
-keep_last = 9
-"""
-ENCODER = """
-kind = "encoder"
-vocab_size = 353
-context_length = 48
-hidden_size = 32
-num_layers = 6
-num_heads = 4
-ffn_size = 64
-embedding_size = 16
-dropout = 0.1
-sharing = { scope = "central", groups = 2, vectors = "tied" }
-adapter = { rank = 2 }
-start = { auxiliary_scale = "per_side" }
-
-[model.sites]
-query = { kind = "mpo", in_modes = [4, 2, 4], out_modes = [4, 2, 4] }
-c_fc = { kind = "mpo", in_modes = [4, 2, 4], out_modes = [4, 4, 4] }
-c_proj = { kind = "mpo", in_modes = [4, 4, 4], out_modes = [4, 2, 4] }
-"""
-MASKED = 'kind = "masked"\nwhole_word = true'
-T5 = """
-kind = "t5"
-vocab_size = 450
-hidden_size = 32
-head_size = 8
-num_layers = 2
-num_heads = 4
-ffn_size = 64
-dropout = 0.1
-
-[model.sites]
-query = { kind = "mpo", in_modes = [4, 2, 4], out_modes = [4, 2, 4] }
-
-[model.moe]
-num_experts = 4
-router = { top_k = 1 }
-c_fc = { kind = "mpo", in_modes = [4, 4, 2], out_modes = [4, 4, 4] }
-c_proj = { kind = "mpo", in_modes = [4, 4, 4], out_modes = [4, 4, 2] }
-"""
-SPANS = 'kind = "span_corruption"\ndocument_mask = true'
-KINDS = {"encoder": (ENCODER, MASKED), "t5": (T5, SPANS)}
 ZERO = "engine={{kind='deepspeed', zero_stage={}, persistence_threshold=0}}"
 LAYOUTS = {
     "encoder": [(2, 3, ()), (4, 1, ()), (2, 2, ())],
@@ -106,34 +23,14 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prepared short documents with words and ends."""
-    out = tmp_path_factory.mktemp("stories") / "data"
-    tokenizer = SentencePieceConfig(vocab_size=350)
-    config = PrepareConfig(
-        sources=("synthetic:stories",), out=str(out), tokenizer=tokenizer, num_documents=400,
-        num_workers=0,
-    )  # fmt: skip
-    prepare(config, progress=False)
-    return out
+    """Prepared short documents."""
+    return prepare_stories(tmp_path_factory.mktemp("stories") / "data")
 
 
 @pytest.fixture
 def new(stories: Path, tmp_path: Path) -> Callable[[str, str], Path]:
     """Write the run file of a kind with a run folder of its own."""
-
-    def write(kind: str, name: str) -> Path:
-        model, objective = KINDS[kind]
-        path = tmp_path / name / "run.toml"
-        path.parent.mkdir()
-        folder = (path.parent / "run").as_posix()
-        path.write_text(RUN.format(folder=folder, model=model, objective=objective, data=stories))
-        return path
-
-    return write
-
-
-def folder_of(run: Path) -> Path:
-    return run.parent / "run"
+    return lambda kind, name: write_kind(kind, tmp_path / name, stories)
 
 
 @pytest.mark.parametrize("kind", ["encoder", "t5"])
