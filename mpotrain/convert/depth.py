@@ -69,6 +69,12 @@ class DepthMap:
         is_deep = start.unscaled_layers < self.target.num_layers
         return self.unrolls and tensorized and start.auxiliary_scale != "none" and is_deep
 
+    @property
+    def draws(self) -> bool:
+        """Whether deeper layers keep the auxiliary tensors that they were drawn with."""
+        tensorized = any(getattr(self.target.sites, f).kind != "dense" for f in BLOCK_FAMILIES)
+        return self.unrolls and tensorized and self.target.start.deeper == "drawn"
+
     def source_layer(self, layer: int) -> int:
         """Return the layer of the source that a layer is made of: the one at the same height."""
         return layer * self.source.num_layers // self.target.num_layers

@@ -54,7 +54,7 @@ def fill(config: AnyModel, source: Source, drawn: Mapping[str, Tensor]) -> Fille
         CheckpointError: the source lacks a tensor.
     """
     if isinstance(config, EncoderConfig):
-        filled = _encoder(config, source)
+        filled = _encoder(config, source, drawn)
     else:
         filled = _plain(config.all_sites(), source)
     wanted = [info.name for info in config.parameters()]
@@ -91,10 +91,10 @@ def _plain(sites: list[Site], source: Source) -> Filled:
     return Filled(weights, errors, [])
 
 
-def _encoder(config: EncoderConfig, source: Source) -> Filled:
+def _encoder(config: EncoderConfig, source: Source, drawn: Mapping[str, Tensor]) -> Filled:
     old = source.config
     assert isinstance(old, EncoderConfig)
-    layers = EncoderFill(config, old, source.weights)
+    layers = EncoderFill(config, old, source.weights, drawn)
     outside = [site for site in config.all_sites() if not site.name.startswith("blocks.")]
     filled = _plain(outside, source)
     filled.weights.update(layers.values)
@@ -108,11 +108,15 @@ def _encoder(config: EncoderConfig, source: Source) -> Filled:
             f"auxiliary tensors of layers from {start.unscaled_layers} on scaled "
             f"{start.auxiliary_scale} for {config.num_layers} layers"
         )
+    if depth.draws:
+        notes.append(
+            f"auxiliary tensors of layers from {config.start.unscaled_layers} on drawn anew"
+        )
     if depth.folds:
         notes.append("adapters of the source added to its matrices")
     if old.pair_head and not config.pair_head:
         notes.append("pooler and pair_head of the source left out")
-    exact = not (depth.deepens or depth.is_scaled)
+    exact = not (depth.deepens or depth.is_scaled or depth.draws)
     return Filled(filled.weights, filled.errors + layers.errors, notes, exact)
 
 

@@ -39,7 +39,11 @@ class EncoderFill:
     """
 
     def __init__(
-        self, config: EncoderConfig, source: EncoderConfig, weights: Mapping[str, Tensor]
+        self,
+        config: EncoderConfig,
+        source: EncoderConfig,
+        weights: Mapping[str, Tensor],
+        drawn: Mapping[str, Tensor],
     ) -> None:
         """Fill the layers.
 
@@ -47,6 +51,7 @@ class EncoderFill:
             config: of the new encoder, which nothing speaks against (`encoder_problems`).
             source: of the trained one.
             weights: of the trained one.
+            drawn: start values of the new one.
         """
         self.values: dict[str, Tensor] = {}
         self.errors: list[SiteError] = []
@@ -67,6 +72,8 @@ class EncoderFill:
                 self._kept(family)
             else:
                 self._banked(family)
+        if self._map.draws:
+            self.values |= self._drawn(drawn)
         if self._map.keeps_adapters:
             kept = [name for name in weights if name.startswith("adapters.")]
             self.values |= {name: weights[name] for name in kept}
@@ -84,6 +91,16 @@ class EncoderFill:
                 if k != site.spec.central_index:
                     cores[k] = cores[k] * next(factors)
             self.values |= core_values(site, tuple(cores))
+
+    def _drawn(self, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the auxiliary tensors of the deeper layers as they were drawn, scaled already."""
+        config, found = self._config, {}
+        for info in config.parameters():
+            if info.role == "auxiliary" and info.name.startswith("blocks."):
+                block = int(info.name.split(".")[1])
+                if block >= config.start.unscaled_layers:
+                    found[info.name] = drawn[info.name]
+        return found
 
     def _kept(self, family: str) -> None:
         """Copy shared central tensors and the auxiliary tensors of all layers."""

@@ -94,12 +94,23 @@ class StartConfig:
     unscaled_layers: int = 0
     """First layers that keep their size: the depth of the shared model that a deeper one is made
     of (24 in the paper); 0 from scratch."""
+    deeper: Literal["copies", "drawn"] = "copies"
+    """Auxiliary tensors of the layers from `unscaled_layers` on where a fully shared model is
+    converted: those of the model, scaled (algorithm 2 of the paper), or the layers' own start
+    values, scaled (its main text, with `init = "xavier"` of the sites)."""
     deepnorm: bool = False
     """DeepNorm (Wang et al. 2022, arXiv 2203.00555) for post-norm: the residual is multiplied by
     (2L)^(1/4), value, output and feed-forward matrices start (8L)^(-1/4) times smaller."""
 
     def problems(self, where: str, num_layers: int) -> list[str]:
         """Return every impossible value, one line each, beginning with the key under `where`."""
-        if 0 <= self.unscaled_layers <= num_layers:
-            return []
-        return [f"{where}.unscaled_layers: must be in 0..{num_layers}, is {self.unscaled_layers}"]
+        if not 0 <= self.unscaled_layers <= num_layers:
+            return [
+                f"{where}.unscaled_layers: must be in 0..{num_layers}, is {self.unscaled_layers}"
+            ]
+        if self.deeper == "drawn" and self.unscaled_layers == 0:
+            return [
+                f'{where}.deeper: "drawn" with {where}.unscaled_layers 0 would take no auxiliary '
+                "tensor from the shared model; say how many layers begin as it is"
+            ]
+        return []

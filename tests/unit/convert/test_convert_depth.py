@@ -20,9 +20,9 @@ from encoder_cases import (
 from mpotrain.assemble import build_model
 from mpotrain.convert.encoder_checks import encoder_problems
 from mpotrain.models.encoder import Encoder
-from mpotrain.models.encoder_config import EncoderConfig
+from mpotrain.models.encoder_config import EncoderConfig, EncoderSites
 from mpotrain.models.folding import folded_state
-from mpotrain.nn.sharing_config import AdapterConfig
+from mpotrain.nn.sharing_config import AdapterConfig, StartConfig
 
 DENSE, SHARED = encoder("none"), encoder("all")
 NARROW = {"embedding_size": 10}
@@ -186,6 +186,29 @@ def test_scaling_without_more_layers_is_told_and_not_taken_for_an_error() -> Non
     # All layers unscaled: nothing changes.
     whole = encoder("central", sites=ALL_MPO, start=scaled("per_side", 4))
     assert made(whole, trained(SHARED))[0].is_exact
+
+
+def test_deeper_layers_may_keep_the_auxiliaries_that_they_were_drawn_with() -> None:
+    """The main text of Liu et al. 2023: Xavier draws times (2L)^(-1/4) beside a trained core."""
+    xavier = {
+        family: replace(getattr(ALL_MPO, family), init="xavier")
+        for family in ("query", "key", "value", "attention_out", "c_fc", "c_proj")
+    }
+    start = replace(scaled("per_tensor", 4), deeper="drawn")
+    new = encoder("central", num_layers=8, sites=EncoderSites(**xavier), start=start)
+    source = trained(SHARED)
+    filled, _, _ = made(new, source)
+    assert filled.notes[-1] == "auxiliary tensors of layers from 4 on drawn anew"
+    assert not filled.is_exact
+    copied = made(replace(new, start=scaled("per_tensor", 4)), source)[0].weights
+    drawn = build_model(new, seed=9, dtype="fp32").state_dict()
+    for name, tensor in filled.weights.items():
+        is_deep = ".auxiliaries." in name and int(name.split(".")[1]) >= 4
+        assert torch.equal(tensor, drawn[name] if is_deep else copied[name]), name
+        assert not is_deep or not torch.equal(tensor, copied[name]), name
+    plain = build_model(replace(new, start=StartConfig()), seed=9, dtype="fp32").state_dict()
+    name = "blocks.7.ffn.c_fc.auxiliaries.0"
+    assert torch.allclose(filled.weights[name], plain[name] * 16**-0.25)
 
 
 def test_truncated_bonds_are_told_with_their_loss() -> None:
