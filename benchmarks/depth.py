@@ -52,7 +52,7 @@ def _sites(init: str) -> tuple[str, ...]:
 
 
 SHARED = 'model.sharing={scope="central"}'
-CENTRAL = (*_sites("gaussian_qr"), SHARED)
+CENTRAL = (*_sites("balanced"), SHARED)
 """Central tensors for the auxiliaries of all layers."""
 ADAPTERS = "model.adapter={rank=4}"
 DEEP = (*_sites("xavier"), SHARED, "model.num_layers=48", 'model.norm="post"')
@@ -75,7 +75,7 @@ def main() -> None:
     """Prepare the text, train what is not trained yet, write table, plots and JSON."""
     text = __doc__.splitlines()[0] if __doc__ else ""
     title = "What deep encoders share"
-    parser = comparison_parser(text, VARIANTS, vocab_size=512, steps=1000, title=title)
+    parser = comparison_parser(text, VARIANTS, vocab_size=512, steps=600, title=title)
     deep = frozenset(name for name in VARIANTS if name.startswith("deep-"))
     Comparison("benchmarks.depth", RUN_FILE, VARIANTS, _write, deep).main(parser)
 
