@@ -8,6 +8,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+NO_PAIR = -100
+"""Label of tokens at which no pair of segments begins."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -30,6 +33,9 @@ class Batch:
             order and 1 where they are swapped; -100 at all other tokens.
         encoder_inputs: token ids that the encoder reads, int64 (B, S).
         encoder_document_ids: document of each of them, int64 (B, S), as `document_ids`.
+        pair_weight: what the loss of a pair counts in units of that of a target, float32 (); an
+            engine sets it to targets over pairs of the whole global batch, so that the objective
+            is the mean over all targets plus the mean over all pairs.
     """
 
     inputs: Tensor
@@ -42,6 +48,7 @@ class Batch:
     pair_labels: Tensor | None = None
     encoder_inputs: Tensor | None = None
     encoder_document_ids: Tensor | None = None
+    pair_weight: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device` (asynchronously where memory is pinned)."""
@@ -53,13 +60,18 @@ class Batch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         given = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed = {name: change(value) for name, value in given.items() if value is not None}
+        changed = {name: change(v) for name, v in given.items() if v is not None}
         return replace(self, **changed)
 
     @property
     def num_tokens(self) -> int:
         """Number of targets that count in the loss."""
         return int(self.loss_mask.sum())
+
+    @property
+    def num_pairs(self) -> int:
+        """Number of pairs of segments whose order is known."""
+        return 0 if self.pair_labels is None else int((self.pair_labels != NO_PAIR).sum())
 
 
 @dataclass(frozen=True)
@@ -73,8 +85,9 @@ class LossOutput:
         loss_sum: sum of the losses of all targets that count, scalar (float32).
         num_tokens: number of those targets, scalar (int64).
         logits: (B, T, V) where they were asked for, else None.
-        auxiliary_sum: further terms of the training objective (load balancing), already times
-            `num_tokens`, scalar (float32); None where there are none. They are part of what is
+        auxiliary_sum: further terms of the training objective, scalar (float32): a mean over the
+            micro-batch (load balancing) times `num_tokens`, or a sum (order of segments) times its
+            weight; None where there are none. They are part of what is
             differentiated and no part of the reported loss.
         statistics: sums over this micro-batch by name (loads of experts, right predictions),
             detached; an engine adds them up over micro-batches and ranks. A model gives the same

@@ -121,10 +121,11 @@ class RunConfig:
                 f"{' or '.join(model.objectives)}"
             )
         elif isinstance(model, EncoderConfig) and isinstance(data.objective, MaskedConfig):
-            if model.pair_head and not data.objective.pairs:
+            if model.pair_head != data.objective.pairs:
+                why = "nothing would train it" if model.pair_head else "nobody is told of the order"
                 found.append(
-                    "model.pair_head: true, but data.objective.pairs is false and nothing would "
-                    "train it; set both alike"
+                    f"model.pair_head: {str(model.pair_head).lower()}, but data.objective.pairs is "
+                    f"{str(data.objective.pairs).lower()}: {why}; set both alike"
                 )
             if data.objective.pairs and model.num_token_types < 2:
                 found.append(

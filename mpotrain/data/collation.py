@@ -11,12 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mpotrain.batch import Batch
+from mpotrain.batch import NO_PAIR, Batch
 
 PADDING_ID = -1
 """Sample number of a row that is there only to fill a batch."""
-NO_LABEL = -100
-"""Label of what is not classified."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def padded_batch(
         num_rows: rows of the batch.
     """
     fields = {
-        name: _filled(array, num_rows, NO_LABEL if name == "pair_labels" else 0)
+        name: _filled(array, num_rows, NO_PAIR if name == "pair_labels" else 0)
         for name, array in columns.items()
     }
     ids = _filled(np.array(numbers, dtype=np.int64), num_rows, PADDING_ID)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mpotrain.data.collation import NO_LABEL
+from mpotrain.batch import NO_PAIR
 from mpotrain.data.draws import Purpose, uniform
 from mpotrain.data.special_ids import MaskedTokens
 
@@ -57,7 +57,7 @@ class Rows:
             document_ids=zeros(np.int64),
             positions=zeros(np.int64),
             token_types=zeros(np.int64),
-            pair_labels=np.full((num_rows, length), NO_LABEL, dtype=np.int64),
+            pair_labels=np.full((num_rows, length), NO_PAIR, dtype=np.int64),
         )
 
 

@@ -45,6 +45,7 @@ from mpotrain.engine.statistics import (
     import_buffers,
 )
 from mpotrain.engine.step_gate import StepGate, clip_coefficient
+from mpotrain.engine.targets import Targets, count_targets
 from mpotrain.errors import ConfigError, ParallelError
 from mpotrain.nn.roles import Role, experts_of, role_of
 from mpotrain.parallel.ranks import World, microbatch_seed
@@ -140,9 +141,10 @@ class DeepSpeedEngine:
                 f"rank {self.world.rank}: {len(microbatches)} micro-batches in step {step}, but "
                 f"the engine was built for {self._accumulation}"
             )
-        num_tokens = self._count_tokens(microbatches)
+        targets = count_targets(microbatches, self.world)
+        num_tokens = targets.num_tokens
         statistics = StatisticsSum(self.world.device)
-        loss_sum = self._accumulate(microbatches, step, num_tokens, statistics)
+        loss_sum = self._accumulate(microbatches, step, targets, statistics)
         squares = squares_by_role(self._own_gradients(), self.world.device)
         total, *by_role = self.world.all_reduce_sum(torch.cat([loss_sum, squares])).tolist()
         loss, norm = total / max(num_tokens, 1), total_norm(by_role)
@@ -278,29 +280,25 @@ class DeepSpeedEngine:
         if exact:
             self.import_state(lambda name: {WEIGHT: exact[name]}, 0)
 
-    def _count_tokens(self, microbatches: Sequence[Batch]) -> int:
-        count = torch.tensor(sum(batch.num_tokens for batch in microbatches), dtype=torch.int64)
-        return int(self.world.all_reduce_sum(count.to(self.world.device)))
-
     def _accumulate(
         self,
         microbatches: Sequence[Batch],
         step: int,
-        num_tokens: int,
+        targets: Targets,
         statistics: StatisticsSum,
     ) -> Tensor:
         """Run all micro-batches; return this rank's summed loss, float64 (1,)."""
         self._engine.train()
         # DeepSpeed averages gradients over ranks; the product undoes it. Its division by the
         # number of micro-batches is switched off.
-        scale = self.world.size / max(num_tokens, 1)
+        scale = self.world.size / max(targets.num_tokens, 1)
         loss_sum = torch.zeros(1, dtype=torch.float64, device=self.world.device)
         for slot, batch in enumerate(microbatches):
             last = slot == len(microbatches) - 1
             self._engine.set_gradient_accumulation_boundary(last)
             number = slot * self.world.size + self.world.rank
             torch.manual_seed(microbatch_seed(self._seed, step, number))
-            objective, loss, counts = self._engine(batch.to(self.world.device))
+            objective, loss, counts = self._engine(targets.weigh(batch).to(self.world.device))
             loss_sum += loss
             statistics.add(counts)
             self._engine.backward(objective * scale, scale_wrt_gas=False)

@@ -39,6 +39,7 @@ from mpotrain.engine.statistics import (
     import_buffers,
 )
 from mpotrain.engine.step_gate import StepGate, clip_coefficient
+from mpotrain.engine.targets import count_targets
 from mpotrain.errors import ConfigError, ParallelError
 from mpotrain.nn.roles import Role, role_of
 from mpotrain.parallel.ranks import World, microbatch_seed
@@ -120,12 +121,13 @@ class LocalEngine:
         """Run one optimizer step; see `Engine.step`."""
         self.model.train()
         self._optimizer.zero_grad(set_to_none=True)
-        num_tokens = sum(batch.num_tokens for batch in microbatches)
+        targets = count_targets(microbatches, self.world)
+        num_tokens = targets.num_tokens
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         statistics = StatisticsSum(self.world.device)
         for slot, batch in enumerate(microbatches):
             torch.manual_seed(microbatch_seed(self._seed, step, slot))
-            output: LossOutput = self.model(batch.to(self.world.device))
+            output: LossOutput = self.model(targets.weigh(batch).to(self.world.device))
             loss_sum += output.loss_sum.detach()
             statistics.add(output.statistics)
             (output.objective / max(num_tokens, 1)).backward()  # type: ignore[no-untyped-call]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from mpotrain.batch import Batch, LossOutput
+from mpotrain.batch import NO_PAIR, Batch, LossOutput
 from mpotrain.models.building import SiteBuilder
 from mpotrain.models.encoder_config import EncoderConfig
 from mpotrain.models.encoder_layers import LayerBuilder
@@ -18,9 +18,6 @@ from mpotrain.nn.attention import document_mask
 from mpotrain.nn.encoder_block import Given
 from mpotrain.nn.norm import LayerNorm
 from mpotrain.nn.sharing import Adapter
-
-NO_PAIR = -100
-"""Label of tokens at which no pair of segments begins."""
 
 
 class TokenHead(nn.Module):
@@ -89,8 +86,8 @@ class Encoder(nn.Module):
 
         Returns:
             Sum over the targets that count, in fp32, and their number. With a pair head also the
-            statistics `pair_loss`, `pair_correct` and `num_pairs`, and in training the mean loss of
-            the micro-batch's pairs, times the number of targets, as auxiliary sum.
+            statistics `pair_loss`, `pair_correct` and `num_pairs`, and in training the loss of all
+            pairs times `Batch.pair_weight` as auxiliary sum.
         """
         hidden = self.hidden(batch)
         chosen = batch.loss_mask
@@ -107,7 +104,10 @@ class Encoder(nn.Module):
             pair_loss, told = self._pair_loss(hidden, batch)
             statistics |= told
             if self.training:
-                auxiliary = pair_loss / told["num_pairs"].clamp_min(1) * num_tokens
+                weight = batch.pair_weight
+                if weight is None:  # alone, a micro-batch is the whole batch
+                    weight = num_tokens / told["num_pairs"].clamp_min(1)
+                auxiliary = pair_loss * weight
         return LossOutput(
             loss_sum=loss_sum,
             num_tokens=num_tokens,

@@ -29,6 +29,7 @@ from mpotrain.convert.source import run_source
 
 GPT2_MPO = ["model.sites.c_fc={kind='mpo', in_modes=[4, 2, 4], out_modes=[4, 8, 4]}"]
 T5_MPO = ["model.sites.c_fc={kind='mpo', in_modes=[4, 2, 4], out_modes=[4, 2, 7]}"]
+NO_PAIRS = ["model.pair_head=false", "data.objective.pairs=false"]
 GELU = ["model.activation='gelu'"]
 
 
@@ -51,12 +52,12 @@ CASES = {
     "depth-shared": ("albert", "encoder", [*ALBERT, *CENTRAL], "AlbertForPreTraining"),
     "with adapters": ("albert", "encoder", [*ALBERT, *CENTRAL, *ADAPTER], "AlbertForPreTraining"),
     "without the pair head": (
-        "albert", "encoder", [*ALBERT, *SHARED, "model.pair_head=false"], "AlbertForMaskedLM",
+        "albert", "encoder", [*ALBERT, *SHARED, *NO_PAIRS], "AlbertForMaskedLM",
     ),
     "bert": ("bert", "encoder", GELU, "BertForPreTraining"),
     "bert, tensorized": ("bert", "encoder", [*GELU, *MPO], "BertForPreTraining"),
     "bert, masked tokens alone": (
-        "bert", "encoder", [*GELU, "model.pair_head=false"], "BertForMaskedLM",
+        "bert", "encoder", [*GELU, *NO_PAIRS], "BertForMaskedLM",
     ),
     "t5": ("t5", "t5", [], "T5ForConditionalGeneration"),
     "t5, tensorized": ("t5", "t5", T5_MPO, "T5ForConditionalGeneration"),

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpotrain.data.collation import NO_LABEL, PADDING_ID, Samples
+from mpotrain.batch import NO_PAIR
+from mpotrain.data.collation import PADDING_ID, Samples
 from mpotrain.data.manifest import TokenizerEntry
 from mpotrain.data.masked import MaskedObjective
 from mpotrain.data.masked_config import MaskedConfig
@@ -52,7 +53,7 @@ def sequences_of(batch, row: int) -> list[dict]:
         for end in mine:
             segments.append(tokens[at:end])
             at = end + 1
-        label = NO_LABEL if batch.pair_labels is None else int(batch.pair_labels[row, start])
+        label = NO_PAIR if batch.pair_labels is None else int(batch.pair_labels[row, start])
         in_order = segments[::-1] if label == 1 else segments
         found.append(
             {"start": start, "stop": at, "segments": segments, "label": label,
@@ -95,7 +96,7 @@ def test_a_window_inside_a_document_fills_the_row():
     assert batch.token_types[0].tolist() == [0] * (first + 2) + [1] * (30 - first)
     assert batch.positions[0].tolist() == list(range(32))
     assert batch.document_ids[0].tolist() == [1] * 32
-    assert (batch.pair_labels[0, 1:] == NO_LABEL).all()
+    assert (batch.pair_labels[0, 1:] == NO_PAIR).all()
     assert batch.pair_labels[0, 0] in (0, 1)
     assert batch.encoder_inputs is None
 
@@ -140,7 +141,7 @@ def test_the_text_of_a_window_comes_back_in_order_as_far_as_it_fits(window, seed
         span = slice(sequence["start"], at)
         assert (batch.document_ids[0, span] == number + 1).all()
         assert batch.positions[0, span].tolist() == list(range(at - sequence["start"]))
-        assert (sequence["label"] == NO_LABEL) == (len(sequence["segments"]) == 1)
+        assert (sequence["label"] == NO_PAIR) == (len(sequence["segments"]) == 1)
         if len(sequence["segments"]) == 2:
             assert pairs
             assert min(map(len, sequence["segments"])) >= 2
@@ -199,7 +200,7 @@ def test_windows_of_ends_alone_are_padding():
     batch = batch_of([[EOT] * 13], 16)
     assert batch.num_tokens == 0
     assert not batch.document_ids.any()
-    assert (batch.pair_labels == NO_LABEL).all()
+    assert (batch.pair_labels == NO_PAIR).all()
 
 
 def test_rows_that_fill_a_batch_are_padding():
@@ -209,7 +210,7 @@ def test_rows_that_fill_a_batch_are_padding():
         field = getattr(batch, name)
         assert field.shape == (3, 16)
         assert not field[1:].any()
-    assert (batch.pair_labels[1:] == NO_LABEL).all()
+    assert (batch.pair_labels[1:] == NO_PAIR).all()
     empty = batch_of(np.zeros((0, 13)), 16, num_rows=2)
     assert empty.inputs.shape == (2, 16)
     assert not empty.document_ids.any()
