@@ -117,7 +117,7 @@ class EncoderConfig(NetworkConfig):
     @property
     def embedding_width(self) -> int:
         """Width E of the embeddings."""
-        return self.embedding_size or self.hidden_size
+        return self.hidden_size if self.embedding_size is None else self.embedding_size
 
     @property
     def num_blocks(self) -> int:
@@ -146,9 +146,13 @@ class EncoderConfig(NetworkConfig):
 
     def site_std(self, family: str) -> float:
         """Return the standard deviation at start of the matrices of a family."""
+        return self.init_std * self.start_gain(family)
+
+    def start_gain(self, family: str) -> float:
+        """Return the factor of DeepNorm on the start values of a family, whoever draws them."""
         if self.start.deepnorm and family in DEEPNORM_FAMILIES:
-            return self.init_std * float((8 * self.num_layers) ** -0.25)
-        return self.init_std
+            return float((8 * self.num_layers) ** -0.25)
+        return 1.0
 
     def banked_families(self) -> tuple[str, ...]:
         """Return the families whose central tensors layers share."""
@@ -272,6 +276,14 @@ class EncoderConfig(NetworkConfig):
         """Return FLOPs of scores and weighted values of a sample, forward and backward."""
         return 12 * self.num_layers * self.hidden_size * lengths.inputs**2
 
+    def adapter_flops(self, lengths: SampleLengths) -> int:
+        """Return FLOPs of the adapters of all layers for a sample, forward and backward."""
+        if self.adapter is None:
+            return 0
+        shapes = self.site_shapes()
+        weights = self.adapter.rank * sum(sum(shapes[family]) for family in self.adapter.families)
+        return 6 * self.num_layers * weights * lengths.inputs
+
     def problems(self, where: str) -> list[str]:
         """Return everything that makes this model impossible, one line each.
 
@@ -286,18 +298,18 @@ class EncoderConfig(NetworkConfig):
         ]
         if self.embedding_size is not None and self.embedding_size < 1:
             found.append(f"{where}.embedding_size: must be at least 1, is {self.embedding_size}")
-        if found:
-            return found
-        if self.hidden_size % self.num_heads:
+        # Beside a wrong size all checks go on that do not need it.
+        if min(self.hidden_size, self.num_heads) >= 1 and self.hidden_size % self.num_heads:
             found.append(
                 f"{where}.num_heads: {self.num_heads} heads do not divide "
                 f"hidden_size {self.hidden_size}"
             )
         found += self.sharing.problems(f"{where}.sharing", self.num_layers)
         found += self.start.problems(f"{where}.start", self.num_layers)
+        shapes = {family: s for family, s in self.site_shapes().items() if min(s) >= 1}
         if self.adapter is not None:
-            found += self.adapter.problems(f"{where}.adapter")
-        for family, shape in self.site_shapes().items():
+            found += self.adapter.problems(f"{where}.adapter", shapes)
+        for family, shape in shapes.items():
             found += site_problems(getattr(self.sites, family), shape, f"{where}.sites.{family}")
         return found + self._sharing_problems(where)
 
@@ -314,7 +326,7 @@ class EncoderConfig(NetworkConfig):
                 f"{where}.start.auxiliary_scale: {self.start.auxiliary_scale}, but no family of "
                 f"{where}.sites has auxiliary tensors"
             )
-        together = self.num_layers // max(self.num_blocks, 1)
+        together = self.num_layers // self.num_blocks if self._has_equal_groups() else 1
         if self.start.unscaled_layers % together:
             found.append(
                 f"{where}.start.unscaled_layers: {self.start.unscaled_layers}, but {together} "
@@ -323,3 +335,7 @@ class EncoderConfig(NetworkConfig):
         if self.start.deepnorm and self.norm == "pre":
             found.append(f'{where}.start.deepnorm: belongs to {where}.norm="post"')
         return found
+
+    def _has_equal_groups(self) -> bool:
+        groups = self.sharing.groups
+        return min(groups, self.num_layers) >= 1 and self.num_layers % groups == 0

@@ -10,7 +10,7 @@ from mpotrain.models.depth_start import auxiliary_scaling
 from mpotrain.models.encoder_config import BLOCK_NORMS, MODULES, EncoderConfig
 from mpotrain.models.sites import Site
 from mpotrain.nn.config import MPOSite, TTMSite
-from mpotrain.nn.deep_init import draw_operator, split_cores
+from mpotrain.nn.deep_init import draw_operator, scale_operator, split_cores
 from mpotrain.nn.encoder_block import EncoderBlock
 from mpotrain.nn.linear import TensorizedLinear
 from mpotrain.nn.sharing import Adapter, CentralBank, LayerLinear, SharedLinear
@@ -87,6 +87,7 @@ class LayerBuilder:
             return self._shared_linear(site, block)
         layer = self._build.linear(site)
         if isinstance(layer, TensorizedLinear):
+            scale_operator(list(layer.cores), self._missing_gain(site))
             _, auxiliaries = split_cores(list(layer.cores), layer.spec)
             self._scale(auxiliaries, layer.spec, block)
         return layer
@@ -97,8 +98,7 @@ class LayerBuilder:
         if self._config.sharing.start == "copies":
             _, auxiliaries = self._shared_draw(site)
         else:
-            generator = self._build.generator(site.name)
-            _, auxiliaries = draw_operator(spec, choice, self._build.std(site), generator)
+            _, auxiliaries = self._draw(site, site.name)
         layer = SharedLinear(spec, choice, auxiliaries, bias=site.bias, bank=site.bank)
         self._scale(list(layer.auxiliaries), spec, block)
         return layer
@@ -107,11 +107,22 @@ class LayerBuilder:
         """Return the draw that a group's central tensor comes from, made once."""
         assert site.bank is not None
         if site.bank not in self._draws:
-            spec, choice = _operator(site)
-            generator = self._build.generator(site.bank)
-            std = self._build.std(site)
-            self._draws[site.bank] = draw_operator(spec, choice, std, generator)
+            self._draws[site.bank] = self._draw(site, site.bank)
         return self._draws[site.bank]
+
+    def _draw(self, site: Site, name: str) -> Draw:
+        """Draw an operator from the generator of a name."""
+        spec, choice = _operator(site)
+        draw = draw_operator(spec, choice, self._build.std(site), self._build.generator(name))
+        central, auxiliaries = draw
+        scale_operator([central, *auxiliaries], self._missing_gain(site))
+        return draw
+
+    def _missing_gain(self, site: Site) -> float:
+        """Return the factor of DeepNorm that the initialiser of a site does not apply itself."""
+        choice = site.choice
+        reads_std = not isinstance(choice, MPOSite | TTMSite) or choice.init != "xavier"
+        return 1.0 if reads_std else self._config.start_gain(site.family)
 
     @torch.no_grad()
     def _scale(self, auxiliaries: list[Tensor], spec: MPOSpec, block: int) -> None:

@@ -30,7 +30,7 @@ def folded_config(config: EncoderConfig) -> EncoderConfig:
     dense = {
         family: DenseSite(bias=getattr(config.sites, family).bias) for family in BLOCK_FAMILIES
     }
-    start = replace(config.start, auxiliary_scale="none", unscaled_layers=0)
+    start = replace(config.start, auxiliary_scale="none", unscaled_layers=0, deeper="copies")
     return replace(
         config, sites=EncoderSites(**dense), sharing=SharingConfig(), adapter=None, start=start
     )

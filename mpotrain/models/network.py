@@ -55,6 +55,16 @@ class NetworkConfig:
     def attention_flops(self, lengths: SampleLengths) -> int:
         """Return FLOPs of scores and weighted values of a sample, forward and backward."""
 
+    def adapter_flops(self, lengths: SampleLengths) -> int:
+        """Return FLOPs of low-rank additions to matrices of a sample, forward and backward.
+
+        None unless a network has adapters; they are no sites.
+
+        Args:
+            lengths: rows of a sample.
+        """
+        return 0
+
     def buffers(self) -> Iterator[ParameterInfo]:
         """Yield every persistent buffer: state that training changes without a gradient."""
         if self.moe is not None and self.moe.router.balance_rate > 0:
@@ -92,14 +102,15 @@ class NetworkConfig:
         """Return dense-equivalent FLOPs of forward and backward for one sample.
 
         6 FLOPs for every weight of the matrices that multiply a row (output layer included,
-        embedding look-up not; of experts those that the token goes to), and those of attention.
+        embedding look-up not; of experts those that the token goes to), and those of attention
+        and adapters.
         This is the model's work whatever the contraction plan; used for MFU.
         """
         matrices = sum(
             site.in_features * site.out_features * site.top_k * site.calls * lengths.of(site.stream)
             for site in self.all_sites()
         )
-        return 6 * matrices + self.attention_flops(lengths)
+        return 6 * matrices + self.attention_flops(lengths) + self.adapter_flops(lengths)
 
     def flops_per_token(self, lengths: SampleLengths) -> int:
         """Return `flops_per_sample` over the tokens that the network reads of a sample."""

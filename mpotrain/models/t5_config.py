@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from mpotrain.models.network import NetworkConfig, Objective, size_problems
 from mpotrain.models.sites import ParameterInfo, Site, site_parameters
 from mpotrain.nn.config import DenseSite, SiteConfig, site_problems
-from mpotrain.nn.moe.config import MoEConfig
+from mpotrain.nn.moe.config import DenseExpertSite, MoEConfig
 from mpotrain.sample import SampleLengths, Stream
 from mpotrain.schema import config
 
@@ -247,18 +248,15 @@ class T5Config(NetworkConfig):
             found.append(
                 f"{where}.num_decoder_layers: must be at least 1, is {self.num_decoder_layers}"
             )
-        if found:
-            return found
-        if self.relative_buckets % 4 or self.relative_distance <= self.relative_buckets // 2:
+        # Beside a wrong size all checks go on that do not need it.
+        buckets, distance = self.relative_buckets, self.relative_distance
+        if min(buckets, distance) >= 1 and (buckets % 4 or distance <= buckets // 2):
             found.append(
-                f"{where}.relative_buckets: {self.relative_buckets} must be a multiple of 4, and "
-                f"half of it below {where}.relative_distance {self.relative_distance}: a quarter "
+                f"{where}.relative_buckets: {buckets} must be a multiple of 4, and "
+                f"half of it below {where}.relative_distance {distance}: a quarter "
                 "counts single distances, a quarter larger ones, for each direction"
             )
-        if self.moe is not None:
-            found += self.moe.problems(
-                f"{where}.moe", self.hidden_size, self.ffn_size, min(self.stacks.values())
-            )
+        found += self._mixture_problems(f"{where}.moe")
         replaced = self.moe is not None and self.moe.every == 1
         for family, shape in self.site_shapes().items():
             choice = getattr(self.sites, family)
@@ -267,5 +265,17 @@ class T5Config(NetworkConfig):
                     f"{where}.sites.{family}: has no effect, every block has a mixture of experts "
                     f"instead; leave it out and describe the experts in {where}.moe.{family}"
                 )
-            found += site_problems(choice, shape, f"{where}.sites.{family}")
+            if min(shape) >= 1:
+                found += site_problems(choice, shape, f"{where}.sites.{family}")
         return found
+
+    def _mixture_problems(self, where: str) -> list[str]:
+        moe, depth = self.moe, min(self.stacks.values())
+        if moe is None:
+            return []
+        if min(self.hidden_size, self.ffn_size) < 1:
+            # Dense experts have any shape: their operators are checked once the sizes are right.
+            moe = replace(moe, c_fc=DenseExpertSite(), c_proj=DenseExpertSite())
+        if depth < 1:
+            moe, depth = replace(moe, every=1), 1
+        return moe.problems(where, self.hidden_size, self.ffn_size, depth)

@@ -60,7 +60,7 @@ def draw_operator(
     Args:
         spec: its shapes.
         site: names the initialiser.
-        std: standard deviation of the elements of W (not read by "xavier").
+        std: standard deviation of the elements of W (not read by "xavier", see `scale_operator`).
         generator: source of randomness.
 
     Returns:
@@ -69,6 +69,21 @@ def draw_operator(
     wanted = None if site.init == "xavier" else std
     cores = init_cores(spec, wanted, scheme=site.init, generator=generator)
     return split_cores(cores, spec)
+
+
+@torch.no_grad()
+def scale_operator(cores: Sequence[Tensor], factor: float) -> None:
+    """Multiply an operator by a factor, in place and all its cores alike.
+
+    Where cores of several draws make one operator each draw has to be scaled, and the product has
+    the factor once. "xavier" fixes the deviation of W itself; this is how it starts with a gain.
+
+    Args:
+        cores: all cores of one draw.
+        factor: positive; on W.
+    """
+    for core in cores:
+        core.mul_(factor ** (1.0 / len(cores)))
 
 
 def split_cores(cores: Sequence[Tensor], spec: MPOSpec) -> tuple[Tensor, list[Tensor]]:

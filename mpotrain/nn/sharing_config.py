@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from mpotrain.schema import config
@@ -31,15 +32,17 @@ class SharingConfig:
 
         Args:
             where: dotted key of this section.
-            num_layers: layers of the network.
+            num_layers: layers of the network; below 1 what needs them is not checked.
         """
-        if self.groups < 1 or num_layers % self.groups:
+        found = []
+        if self.groups < 1:
+            found.append(f"{where}.groups: must be at least 1, is {self.groups}")
+        elif num_layers >= 1 and num_layers % self.groups:
             possible = ", ".join(str(g) for g in range(1, num_layers + 1) if num_layers % g == 0)
-            return [
+            found.append(
                 f"{where}.groups: {self.groups} groups do not divide {num_layers} layers; "
                 f"possible: {possible}"
-            ]
-        found = []
+            )
         if self.scope == "none" and self.groups > 1:
             found.append(f"{where}.groups: {self.groups}, but nothing is shared ({where}.scope)")
         if self.vectors == "tied" and self.scope != "central":
@@ -68,11 +71,23 @@ class AdapterConfig:
     std: float = 0.02
     """Standard deviation of D at start."""
 
-    def problems(self, where: str) -> list[str]:
-        """Return every impossible value, one line each, beginning with the key under `where`."""
+    def problems(self, where: str, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+        """Return everything that makes the adapters impossible or pointless, one line each.
+
+        Args:
+            where: dotted key of this section.
+            shapes: sizes (in, out) of matrices by family; those of others are not checked.
+        """
         found = []
         if self.rank < 1:
             found.append(f"{where}.rank: must be at least 1, is {self.rank}")
+        highest = {f: min(shapes[f]) for f in dict.fromkeys(self.families) if f in shapes}
+        whole = [family for family, rank in highest.items() if self.rank >= rank]
+        if whole:
+            found.append(
+                f"{where}.rank: {self.rank} is not below the smaller side of {', '.join(whole)}, "
+                f"so nothing is low-rank there; take less than {min(highest.values())}"
+            )
         if self.std <= 0:
             found.append(f"{where}.std: must be positive, is {self.std}")
         if not self.families:
@@ -103,14 +118,25 @@ class StartConfig:
     (2L)^(1/4), value, output and feed-forward matrices start (8L)^(-1/4) times smaller."""
 
     def problems(self, where: str, num_layers: int) -> list[str]:
-        """Return every impossible value, one line each, beginning with the key under `where`."""
-        if not 0 <= self.unscaled_layers <= num_layers:
-            return [
-                f"{where}.unscaled_layers: must be in 0..{num_layers}, is {self.unscaled_layers}"
-            ]
-        if self.deeper == "drawn" and self.unscaled_layers == 0:
-            return [
+        """Return everything impossible or without effect, one line each.
+
+        Args:
+            where: dotted key of this section.
+            num_layers: layers of the network; below 1 what needs them is not checked.
+        """
+        found, unscaled = [], self.unscaled_layers
+        if unscaled < 0:
+            found.append(f"{where}.unscaled_layers: must be at least 0, is {unscaled}")
+        elif 1 <= num_layers < unscaled:
+            found.append(f"{where}.unscaled_layers: must be in 0..{num_layers}, is {unscaled}")
+        if unscaled > 0 and self.auxiliary_scale == "none" and self.deeper == "copies":
+            found.append(
+                f"{where}.unscaled_layers: {unscaled}, but no layer is scaled or drawn; set "
+                f'{where}.auxiliary_scale (or {where}.deeper="drawn"), or leave it at 0'
+            )
+        if self.deeper == "drawn" and unscaled == 0:
+            found.append(
                 f'{where}.deeper: "drawn" with {where}.unscaled_layers 0 would take no auxiliary '
                 "tensor from the shared model; say how many layers begin as it is"
-            ]
-        return []
+            )
+        return found

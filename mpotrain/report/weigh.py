@@ -38,7 +38,7 @@ class PlanReport:
         tokens_per_step: of the whole global batch.
         accumulation: micro-batches that each rank accumulates.
         model_flops_per_token: dense-equivalent, forward and backward (for MFU).
-        executed_flops_per_step: what the plans execute, attention included.
+        executed_flops_per_step: what the plans execute, attention and adapters included.
         state: bytes of weights, masters, gradients and moments of a rank.
         activations: bytes of a micro-batch.
         kept_by_plans: bytes that contraction plans keep for the backward pass.
@@ -116,7 +116,8 @@ def weigh(run: RunConfig, world_size: int = 1, device: str | None = None) -> Pla
     sites = site_reports(run, device)
     num_tokens = train.global_batch_size * lengths.inputs
     passes = 8 if model.activation_checkpointing else 6
-    attention = passes * model.attention_flops(lengths) * train.global_batch_size // 6
+    beside_sites = model.attention_flops(lengths) + model.adapter_flops(lengths)
+    beside_sites = passes * beside_sites * train.global_batch_size // 6
     experts = expert_sizes(run, world_size)
     buffers = sum(buffer.size for buffer in model.buffers())
     return PlanReport(
@@ -134,7 +135,7 @@ def weigh(run: RunConfig, world_size: int = 1, device: str | None = None) -> Pla
         tokens_per_step=num_tokens,
         accumulation=accumulation,
         model_flops_per_token=model.flops_per_token(run.sample_lengths()),
-        executed_flops_per_step=sum(s.flops_per_step for s in sites) + attention,
+        executed_flops_per_step=sum(s.flops_per_step for s in sites) + beside_sites,
         state=state_memory(run.engine, sizes, world_size, experts),
         activations=activation_memory(
             model, lengths, train.micro_batch_size, BYTES[run.engine.dtype]
@@ -179,6 +180,12 @@ def _accumulation(run: RunConfig, world_size: int) -> int:
 def _data_problems(run: RunConfig) -> tuple[list[str], list[str]]:
     """Hold the manifests of prepared data against the model; what is not there is a note."""
     problems, notes, digests = [], [], set()
+    if run.train.eval_every and run.data.split[1] == 0:
+        # No mistake of the file itself: `mpotrain eval` may read all of it as one split.
+        problems.append(
+            "data.split: gives no documents to validation, but train.eval_every is "
+            f"{run.train.eval_every}; give validation a fraction, or leave eval_every out"
+        )
     for index, source in enumerate(run.data.sources):
         where = f"data.sources[{index}].path"
         if not (Path(source.path) / MANIFEST_NAME).is_file():

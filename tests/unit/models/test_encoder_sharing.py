@@ -289,14 +289,20 @@ def test_deep_layers_start_smaller(sharing: SharingConfig, scale: Any, factor: f
     }  # fmt: skip
 
 
-def test_deepnorm_starts_four_families_smaller() -> None:
-    config = encoder_config(sharing=CENTRAL)
+@pytest.mark.parametrize("init", ["gaussian_qr", "balanced", "xavier"])
+@pytest.mark.parametrize(
+    "sharing",
+    [CENTRAL, CENTRAL_INDEPENDENT, SharingConfig(), SharingConfig(scope="all", groups=4)],
+)
+def test_deepnorm_starts_four_families_smaller(sharing: SharingConfig, init: Any) -> None:
+    """Whatever the initialiser, also the one that does not read the wanted deviation."""
+    config = encoder_config(sharing=sharing, sites=sites_with(init), **LARGE)
     plain = Encoder(config, seed=0)
     deep = Encoder(replace(config, start=StartConfig(deepnorm=True)), seed=0)
     for family in BLOCK_FAMILIES:
         ratio = matrix(deep, 1, family).norm() / matrix(plain, 1, family).norm()
         wanted = 1.0 if family in ("query", "key") else 32**-0.25
-        assert ratio.item() == pytest.approx(wanted, rel=1e-5)
+        assert ratio.item() == pytest.approx(wanted, rel=1e-5), family
 
 
 def test_start_values_of_a_layer_do_not_depend_on_the_depth() -> None:

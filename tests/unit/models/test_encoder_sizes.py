@@ -118,6 +118,9 @@ def test_a_layer_of_the_published_sizes_adds_its_auxiliary_tensors() -> None:
             "model.start.auxiliary_scale",
         ),
         ({"adapter": AdapterConfig(rank=0)}, "model.adapter.rank"),
+        ({"adapter": AdapterConfig(rank=16)}, "model.adapter.rank"),
+        ({"start": StartConfig(unscaled_layers=2)}, "model.start.unscaled_layers"),
+        ({"sharing": SharingConfig(scope="all", groups=5)}, "model.sharing.groups"),
         ({"num_heads": 3}, "model.num_heads"),
         ({"sites": replace(FIVE_CORES, c_fc=FIVE_CORES.c_proj)}, "model.sites.c_fc"),
         ({"sites": EncoderSites(embedding=DenseSite()), "embedding_size": 0},
@@ -128,3 +131,77 @@ def test_impossible_encoders_are_refused_by_key(changes: dict[str, Any], key: st
     found = encoder_config(**changes).problems("model")
     assert any(line.startswith(f"{key}: ") for line in found), found
     assert encoder_config().problems("model") == []
+
+
+def keys_of(config: EncoderConfig) -> list[str]:
+    return [line.partition(": ")[0].removeprefix("model.") for line in config.problems("model")]
+
+
+def test_start_without_effect_is_refused_alone() -> None:
+    for start in (
+        StartConfig(auxiliary_scale="per_side", unscaled_layers=2),
+        StartConfig(auxiliary_scale="per_side", unscaled_layers=4),
+        StartConfig(deeper="drawn", unscaled_layers=2),
+    ):
+        assert encoder_config(start=start).problems("model") == []
+    assert keys_of(encoder_config(start=StartConfig(unscaled_layers=1))) == [
+        "start.unscaled_layers"
+    ]
+
+
+def test_adapters_are_narrower_than_each_of_their_matrices() -> None:
+    for rank, families, wide in (
+        (15, ("query", "c_fc"), 16),
+        (16, ("c_proj", "c_fc"), 24),
+    ):
+        adapter = AdapterConfig(rank=rank, families=families)  # type: ignore[arg-type]
+        config = encoder_config(
+            hidden_size=wide, sites=EncoderSites(), adapter=adapter, embedding_size=None
+        )
+        assert config.problems("model") == []
+    narrow = encoder_config(
+        ffn_size=12, sites=EncoderSites(), adapter=AdapterConfig(rank=12, families=("key", "c_fc"))
+    )
+    (line,) = narrow.problems("model")
+    assert line == (
+        "model.adapter.rank: 12 is not below the smaller side of c_fc, so nothing is low-rank "
+        "there; take less than 12"
+    )
+
+
+def test_a_wrong_size_hides_no_other_problem() -> None:
+    found = keys_of(encoder_config(num_heads=0, sharing=SharingConfig(groups=5)))
+    assert set(found) == {"num_heads", "sharing.groups"}
+    found = keys_of(
+        encoder_config(
+            num_layers=0, dropout=1.0, num_heads=3, embedding_size=0,
+            sharing=SharingConfig(scope="all", vectors="tied"),
+            start=StartConfig(deeper="drawn", deepnorm=True), norm="pre",
+            adapter=AdapterConfig(rank=16, families=()),
+            sites=replace(FIVE_CORES, c_fc=FIVE_CORES.c_proj),
+        )
+    )  # fmt: skip
+    assert sorted(found) == sorted([
+        "num_layers", "dropout", "embedding_size", "num_heads", "sharing.vectors",
+        "start.deeper", "adapter.families", "sites.c_fc", "start.deepnorm",
+    ])  # fmt: skip
+    # What needs the hidden size waits, and nothing else does.
+    found = keys_of(
+        encoder_config(
+            hidden_size=0, num_heads=3, sharing=SharingConfig(scope="central", groups=3),
+            sites=EncoderSites(embedding=MPOSite(in_modes=(2, 2), out_modes=(2, 4))),
+        )
+    )  # fmt: skip
+    assert set(found) == {
+        "hidden_size", "sharing.groups", "sites.embedding", "sharing.scope",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("groups", [-1, 0, 3, 5])
+@pytest.mark.parametrize("scope", ["none", "central", "all"])
+def test_impossible_groups_are_told_once_beside_the_rest(scope: Any, groups: int) -> None:
+    sharing = SharingConfig(scope=scope, groups=groups, start="independent")
+    found = keys_of(encoder_config(sharing=sharing, start=StartConfig(unscaled_layers=5)))
+    assert "sharing.groups" in found
+    assert "start.unscaled_layers" in found
+    assert ("sharing.start" in found) == (scope != "central")

@@ -174,3 +174,31 @@ def test_problems_name_their_keys() -> None:
     assert unused.problems("m")[0].startswith("m.sites.c_fc: has no effect")
     shallow = replace(TINY, num_decoder_layers=1, moe=MoEConfig(num_experts=2, every=2))
     assert shallow.problems("m")[0].startswith("m.moe.every: ")
+
+
+def test_a_wrong_size_hides_no_other_problem() -> None:
+    moe = MoEConfig(
+        num_experts=4, every=3, c_fc=replace(MPO_FC, in_modes=(2, 6, 3)),
+        router=RouterConfig(top_k=5),
+    )  # fmt: skip
+    bad = replace(
+        TINY, dropout=1.0, relative_buckets=6, moe=moe,
+        sites=T5Sites(query=MPOSite(in_modes=(5,), out_modes=(20,)), embedding=TTMSite(rank=0)),
+    )  # fmt: skip
+    always = {"m.dropout", "m.moe.router.top_k"}
+    for size, waiting in (
+        ("vocab_size", {"m.sites.embedding"}),
+        ("hidden_size", {"m.sites.embedding", "m.sites.query", "m.moe.c_fc"}),
+        ("num_heads", {"m.sites.query"}),
+        ("head_size", {"m.sites.query"}),
+        ("ffn_size", {"m.moe.c_fc"}),
+        ("relative_distance", {"m.relative_buckets"}),
+        ("num_layers", {"m.moe.every"}),
+        ("num_decoder_layers", {"m.moe.every"}),
+    ):
+        depends = {
+            "m.sites.embedding", "m.sites.query", "m.moe.c_fc", "m.relative_buckets", "m.moe.every",
+        }  # fmt: skip
+        found = replace(bad, **{size: 0}).problems("m")  # type: ignore[arg-type]
+        keys = {line.partition(":")[0] for line in found}
+        assert keys == always | {f"m.{size}"} | (depends - waiting), size
