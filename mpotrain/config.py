@@ -12,6 +12,7 @@ from mpotrain.data.config import DataConfig
 from mpotrain.data.masked_config import MaskedConfig
 from mpotrain.engine.config import EngineConfig, LocalConfig, expert_problems
 from mpotrain.engine.config import problems as engine_problems
+from mpotrain.errors import ConfigError
 from mpotrain.layered_toml import LayeredTable, read_layers
 from mpotrain.models.config import ModelConfig
 from mpotrain.models.encoder_config import EncoderConfig
@@ -179,6 +180,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             right, every mistake of content, each with its file and dotted key.
     """
     table = read_layers(path, overrides)
+    if "task" in table.data and "model" not in table.data:
+        raise ConfigError([f"{path}: is the file of a fine-tuning run; see `mpotrain tune`"])
     return config_from_table(table)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from mpotrain.assemble import build_engine, prepare_torch
 from mpotrain.batch import Batch
-from mpotrain.checkpoint.compare import config_differences, require_model
+from mpotrain.checkpoint.compare import config_differences, require_model, require_network
 from mpotrain.checkpoint.manifest import Manifest, Signature
 from mpotrain.checkpoint.store import CheckpointStore
 from mpotrain.config import RunSettings
@@ -23,6 +23,7 @@ from mpotrain.data.dataset import changes
 from mpotrain.errors import (
     EXIT_DONE,
     EXIT_STOPPED,
+    CheckpointError,
     ConfigError,
     DataError,
     ParallelError,
@@ -232,11 +233,13 @@ class Start(ABC):
                 ]
             )
         if manifest is not None:
+            self._check_kind(manifest)
             self._check_data(manifest)
         model = self.build_model(resumes=manifest is not None)
         signatures = self.signatures(model)
         if manifest is not None:
             require_model(manifest, signatures, self.described())
+            require_network(manifest, self.described().get("model", {}))
         self.engine = build_engine(run, model, self.world)
         self.stack.callback(self.engine.close)
         state = RunState() if manifest is None else self._resume(manifest)
@@ -250,14 +253,24 @@ class Start(ABC):
         if self.world.is_main:
             record_start(self.run, self.world, step, self.data.tokenizer_path)
 
+    def _check_kind(self, manifest: Manifest) -> None:
+        """Refuse to pretrain where a fine-tuning run lies, and the other way round."""
+        theirs, ours = ("task" in config for config in (manifest.run.config, self.described()))
+        if theirs != ours:
+            kinds = {True: "a fine-tuning run (`mpotrain tune`)", False: "a pretraining run"}
+            raise CheckpointError(
+                f"{self.folder}: holds {kinds[theirs]}, but this is {kinds[ours]}; choose another "
+                "folder"
+            )
+
     def _check_data(self, manifest: Manifest) -> None:
         if manifest.run.data_fingerprint == self.data.digest:
             return
         before = manifest.run.train_state.get("data", {})
         lines = "\n".join(f"  {line}" for line in changes(before, self.data.fingerprint))
         text = (
-            f"the data are not those of the checkpoint of step {manifest.step}: samples would be "
-            f"repeated or skipped\n{lines}"
+            f"the data are not those of the checkpoint of step {manifest.step}: what is "
+            f"trained on would not go on as it was\n{lines}"
         )
         if not self._allow_data_change:
             raise DataError(f"{text}\nrestore them, or go on with --allow-data-change")

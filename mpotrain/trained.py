@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mpotrain.assemble import build_engine, build_model, model_signatures, open_data, prepare_torch
-from mpotrain.checkpoint.compare import require_model
+from mpotrain.checkpoint.compare import require_model, require_network
 from mpotrain.checkpoint.config import CheckpointConfig
 from mpotrain.checkpoint.manifest import WEIGHT, Manifest
 from mpotrain.checkpoint.store import CheckpointStore
@@ -40,6 +40,7 @@ from mpotrain.nn.spectra import model_spectra
 from mpotrain.parallel.environment import resolve_environment
 from mpotrain.parallel.ranks import World, close_world, init_world, resolve_device
 from mpotrain.run_record import CHECKPOINTS
+from mpotrain.schema import to_dict
 
 SINGLE = World(0, 1, 0, torch.device("cpu"))
 
@@ -94,8 +95,8 @@ def saved_run(manifest: Manifest, overrides: Sequence[str] = ()) -> RunConfig:
     """
     if "task" in manifest.run.config:
         raise CheckpointError(
-            f"the checkpoint of step {manifest.step} holds a fine-tuned classifier, no pretraining "
-            "run; `mpotrain tune` with the file of its run evaluates it"
+            f"the checkpoint of step {manifest.step} holds a fine-tuned classifier; this command "
+            "reads pretraining runs. `mpotrain tune` with the file of its run evaluates it"
         )
     table = LayeredTable()
     table.merge(manifest.run.config, f"checkpoint of step {manifest.step}")
@@ -115,6 +116,7 @@ def load_trained(folder: Path, step: int | None, overrides: Sequence[str] = ()) 
     prepare_torch(run)
     model = build_model(run.model, seed=run.train.seed, dtype=run.engine.dtype)
     require_model(manifest, model_signatures(model, run))
+    require_network(manifest, to_dict(run.model))
     reader = store.open(manifest.step)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():

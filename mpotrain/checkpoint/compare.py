@@ -40,6 +40,46 @@ def require_model(
     raise CheckpointError(text)
 
 
+FREE_KEYS = frozenset(
+    {
+        "dropout", "attention_dropout", "activation_checkpointing",
+        "init_std", "init_factor", "residual_init_scaling", "init", "std", "start",
+        "auxiliary_scale", "unscaled_layers", "deeper",
+        "plan", "keep_weight", "merge_precision",
+        "balance_loss", "z_loss", "balance_rate", "jitter",
+        "capacity_factor", "eval_capacity_factor",
+    }
+)  # fmt: skip
+"""Last parts of the keys of a model that may change on the way: how weights started, how training
+regularises, how a contraction is executed. All others say what the network computes."""
+
+
+def require_network(manifest: Manifest, model: Mapping[str, Any]) -> None:
+    """Refuse to go on with weights in a network that computes something else with them.
+
+    Numbers of heads, activations or norms change no shape, so that the weights would fit.
+
+    Args:
+        manifest: the checkpoint.
+        model: resolved section `model` of this run. Keys that only one side knows do not count: a
+            checkpoint may be older than a key.
+
+    Raises:
+        CheckpointError: with every key that differs.
+    """
+    old, new = _leaves(manifest.run.config.get("model", {})), _leaves(model)
+    lines = [
+        f"model.{key}: {old[key]!r} in the checkpoint, now {new[key]!r}"
+        for key in sorted(old.keys() & new.keys())
+        if old[key] != new[key] and key.rpartition(".")[2] not in FREE_KEYS
+    ]
+    if lines:
+        raise CheckpointError(
+            f"the checkpoint of step {manifest.step} belongs to another network:\n"
+            f"{_listing(lines)}\nset them back, or start a run of its own (folder=...)"
+        )
+
+
 def parameter_differences(
     saved: Mapping[str, Signature], wanted: Mapping[str, Signature]
 ) -> list[str]:

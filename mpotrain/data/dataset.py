@@ -256,11 +256,14 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     Returns:
         One line for each difference, beginning with its key; empty when sample i is the same.
     """
-    return [
-        f"{key}: was {before.get(key)}, is {now.get(key)}"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
-    ]
+    lines = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += [f"{key}.{line}" for line in changes(old, new)]
+        elif old != new:
+            lines.append(f"{key}: was {old}, is {new}")
+    return lines
 
 
 def _check_tokenizers(streams: Sequence[TokenStream]) -> None:

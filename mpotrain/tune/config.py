@@ -12,6 +12,7 @@ from mpotrain.checkpoint.config import CheckpointConfig
 from mpotrain.config_file import validate
 from mpotrain.engine.config import EngineConfig, LocalConfig, expert_problems
 from mpotrain.engine.config import problems as engine_problems
+from mpotrain.errors import ConfigError
 from mpotrain.layered_toml import read_layers
 from mpotrain.parallel.plan import ParallelConfig, batch_problems
 from mpotrain.schema import config
@@ -180,7 +181,10 @@ def load_tune_config(path: Path, overrides: Sequence[str] = ()) -> TuneConfig:
     Raises:
         ConfigError: with every mistake, each with its file and dotted key.
     """
-    return validate(TuneConfig, read_layers(path, overrides))
+    table = read_layers(path, overrides)
+    if "model" in table.data and "task" not in table.data:
+        raise ConfigError([f"{path}: is the file of a pretraining run; see `mpotrain train`"])
+    return validate(TuneConfig, table)
 
 
 def _file_problems(task: GlueConfig | TsvConfig, where: str) -> list[str]:

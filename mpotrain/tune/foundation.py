@@ -74,7 +74,7 @@ def open_foundation(source: Path, folder: Path) -> OpenedFoundation:
     """Open the encoder of a fine-tuning run.
 
     Args:
-        source: pretraining run or checkpoint; not looked at where the run has begun.
+        source: pretraining run or checkpoint; need not be there any more where the run has begun.
         folder: folder of the fine-tuning run.
 
     Raises:
@@ -86,6 +86,14 @@ def open_foundation(source: Path, folder: Path) -> OpenedFoundation:
     if manifest is None:
         return _from_source(source)
     foundation = _remembered(manifest, folder)
+    began = manifest.run.config.get("source")
+    if began is not None and Path(began).resolve() != source.resolve():
+        raise ConfigError(
+            [
+                f"source: {source}, but the run in {folder} began with {began}; set it back, or "
+                "choose another folder (folder=...)"
+            ]
+        )
     path, tokenizer = _tokenizer(foundation.tokenizer, [folder])
     return OpenedFoundation(foundation, tokenizer, path, None)
 

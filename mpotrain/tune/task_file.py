@@ -121,7 +121,8 @@ def _line_problem(fields: list[str], names: Sequence[str], form: TaskFormat) -> 
         known = ", ".join(form.labels)
         return None if label in form.labels else f"{form.label} is {label!r}, not one of {known}"
     try:
-        is_number = math.isfinite(float(label))
+        # Python reads 1_0 as 10.
+        is_number = "_" not in label and math.isfinite(float(label))
     except ValueError:
         is_number = False
     return None if is_number else f"{form.label} is {label!r}, not a number"

@@ -49,6 +49,7 @@ def test_eval_repeats_the_last_evaluation_of_the_run(
     result = json.loads(capsys.readouterr().out)
     for key in ("loss", "perplexity", "bits_per_byte", "num_tokens", "num_sequences"):
         assert result[key] == recorded[key], key
+    assert result["bits_per_byte"] > 0
     # Over the whole split bits per byte are exact: nats over the bytes of the very same text.
     assert main(["eval", str(text_run), "--split", "test"]) == 0
     assert "test: loss" in capsys.readouterr().out

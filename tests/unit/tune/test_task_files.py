@@ -65,6 +65,7 @@ def damaged(kind: str, line: str, tmp_path: Path) -> str:
         ("rte", "7\ta\tb\tentail", ["line 3", "not one of entailment, not_entailment"]),
         ("stsb", "\t".join(["x"] * 9 + ["five"]), ["line 3", "score is 'five', not a number"]),
         ("stsb", "\t".join(["x"] * 9 + ["nan"]), ["line 3", "score is 'nan', not a number"]),
+        ("stsb", "\t".join(["x"] * 9 + ["1_0"]), ["line 3", "score is '1_0', not a number"]),
     ],
 )
 def test_bad_lines_are_named(kind: str, line: str, words: list[str], tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ import torch
 from run_process import curve, prepare_markov, state, write_run
 from unit.tune.tuning import prepare_stories, write_pretraining, write_tuning
 
+from mpotrain.checkpoint.manifest_file import MANIFEST_NAME, encode_manifest
 from mpotrain.cli import main
 from mpotrain.train.journal import read_metrics
+from mpotrain.tune.foundation import newest_manifest
 
 STEPS = 60
 LEARN = [f"train.steps={STEPS}", "checkpoint.every=30"]
@@ -78,6 +80,8 @@ def test_a_resume_is_bitwise_and_needs_no_source(
     assert main(["tune", str(run), *LEARN, "train.stop_after=17"]) == 0
     assert not (tmp_path / "run" / "results.json").exists()
     shutil.rmtree(source)
+    # Another encoder would not be taken: the run has its weights already.
+    assert main(["tune", str(run), *LEARN, f"source={encoder.as_posix()}"]) == 2
     assert main(["tune", str(run), *LEARN]) == 0
     got, expected = state(tmp_path / "run", STEPS), state(tuned / "run", STEPS)
     assert got.keys() == expected.keys()
@@ -177,6 +181,53 @@ def test_changed_examples_are_refused_on_a_resume(
     refused(run, ["the data are not those", "task.train: was"], capsys, *short)
     assert main(["tune", str(run), *short, "--allow-data-change"]) == 0
     refused(run, ["--fresh", "already holds a run at step 4"], capsys, *short, "--fresh")
+
+
+def test_reordered_classes_are_refused_on_a_resume(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_tuning(tmp_path, encoder)
+    files = {"train": "train.tsv", "validation": "dev.tsv"}
+    own = ["task.kind=tsv", "task.text=sentence", "task.label=label", "train.steps=2"]
+    own += [f"task.{key}={(tmp_path / name).as_posix()}" for key, name in files.items()]
+    assert main(["tune", str(run), *own, "task.labels=['0', '1']", "train.stop_after=1"]) == 0
+    capsys.readouterr()
+    refused(
+        run, ["the data are not those", "task.labels: was"], capsys, *own, "task.labels=['1', '0']"
+    )
+    assert main(["tune", str(run), *own, "task.labels=['0', '1']"]) == 0
+
+
+def test_the_marks_of_the_encoder_decide_the_samples(tuned: Path) -> None:
+    # Behind the 320 pieces stand mask, cls and sep.
+    manifest = newest_manifest(tuned / "run")
+    assert manifest is not None
+    assert manifest.run.train_state["data"]["encoder.marks"] == [321, 322]
+
+
+def test_dropout_before_the_classifier_is_that_of_the_run(encoder: Path, tmp_path: Path) -> None:
+    losses = []
+    for number, dropout in enumerate((0.0, 0.0, 0.9)):
+        run = write_tuning(tmp_path / str(number), encoder)
+        assert main(["tune", str(run), "train.steps=1", f"dropout={dropout}"]) == 0
+        losses.append(read_metrics(run.parent / "run", "train")[0]["loss"])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_source_whose_weights_are_not_those_of_its_model_is_refused(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_tuning(tmp_path, encoder)
+    source = tmp_path / "source"
+    shutil.copytree(encoder, source)
+    manifest = newest_manifest(source)
+    assert manifest is not None
+    # Every weight of a model with fewer layers is there, and more: none may be passed over.
+    manifest.run.config["model"]["num_layers"] = 1
+    [path] = source.glob(f"checkpoints/step-*/{MANIFEST_NAME}")
+    path.write_bytes(encode_manifest(manifest))
+    refused(run, ["belongs to another model", "blocks.1."], capsys, f"source={source}")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
