@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from distributed import toy_model as toy
+from torch import nn
+from torch.func import functional_call
 
 from mpotrain.engine.base import Engine, StepResult
 from mpotrain.engine.config import DeepSpeedConfig, LocalConfig
@@ -99,6 +101,24 @@ def largest_difference(a: State, b: State) -> float:
             for k in a[name]
         ]
     return max(differences)
+
+
+def compute_with_bf16_weights(model: nn.Module) -> None:
+    """Let a bf16 model of the local engine compute with its weights as DeepSpeed rounds them.
+
+    The fp32 weights stay as masters; the gradient of every micro-batch is rounded to bf16 too.
+    """
+    whole = model.forward
+
+    def rounded(*args: Any, **kwargs: Any) -> Any:
+        weights = {name: p.bfloat16().float() for name, p in model.named_parameters()}
+        model.forward = whole
+        try:
+            return functional_call(model, weights, args, kwargs)
+        finally:
+            model.forward = rounded
+
+    model.forward = rounded
 
 
 def same_bits(a: State, b: State) -> bool:

@@ -14,6 +14,7 @@ from distributed.engines import (
     SMALL,
     State,
     assert_same_steps,
+    compute_with_bf16_weights,
     largest_difference,
     same_bits,
     whole_state,
@@ -35,7 +36,7 @@ from mpotrain.train.config import AdamWConfig
 from mpotrain.train.optim import build_optimizer
 
 LOCAL = LocalConfig(device="cpu")
-STEPS, GLOBAL, MICRO, SEED, CLIP, LR = 5, 8, 2, 11, 0.7, 2e-3
+STEPS, GLOBAL, MICRO, SEED, CLIP, LR = 5, 8, 2, 11, 0.7, 5e-4
 VOCABULARY, LENGTH = 40, 10
 SQUARE = MPOSite(in_modes=(2, 2, 2, 2, 1), out_modes=(2, 1, 2, 2, 2))
 SITES = EncoderSites(
@@ -57,7 +58,7 @@ MPOBERT = EncoderConfig(
     embedding_size=8,
     dropout=0.1,
     attention_dropout=0.0,
-    init_std=0.2,
+    init_std=0.12,
     sites=SITES,
     sharing=SharingConfig(scope="central", groups=2, vectors="tied"),
     adapter=AdapterConfig(rank=2, std=0.3),
@@ -299,11 +300,16 @@ def test_a_frozen_bank_rests_bit_for_bit_while_auxiliaries_move(run_ranks: Any, 
                 assert is_same == (info.role == "central"), info.name
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_bf16_follows_local_bf16(run_ranks: Any, stage: int) -> None:
-    wanted, _, _ = train(CPU_WORLD, LocalConfig(device="cpu", dtype="bf16"), MPOBERT)
+# In stage 3 the backward pass adds bf16 gradients of activations in another order.
+@pytest.mark.parametrize(("stage", "rel"), [(1, 1e-3), (3, 2e-2)])
+def test_bf16_follows_local_bf16(run_ranks: Any, stage: int, rel: float) -> None:
+    local = LocalConfig(device="cpu", dtype="bf16")
+    wanted, _, _ = train(CPU_WORLD, local, MPOBERT, compute_with_bf16_weights)
     for results, _, _ in run_ranks(2)(train, zero(stage, dtype="bf16"), MPOBERT):
-        assert results[0].grad_norm_by_role == pytest.approx(wanted[0].grad_norm_by_role, rel=2e-2)
+        assert results[0].loss == pytest.approx(wanted[0].loss, rel=1e-6)
+        assert results[0].grad_norm_by_role == pytest.approx(wanted[0].grad_norm_by_role, rel=rel)
         for one, other in zip(results, wanted, strict=True):
-            assert one.loss == pytest.approx(other.loss, rel=1e-2)
-            assert one.grad_norm == pytest.approx(other.grad_norm, rel=5e-2)
+            assert one.loss == pytest.approx(other.loss, rel=3e-3)
+        # Adam makes whole steps of rounding where a gradient is next to nothing: norms part soon.
+        for one, other in zip(results[:4], wanted[:4], strict=True):
+            assert one.grad_norm == pytest.approx(other.grad_norm, rel=0.1)
