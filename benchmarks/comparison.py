@@ -113,7 +113,8 @@ class Comparison:
         runs = self._runs(options)
         train_all(runs, options.jobs)
         record = {
-            "settings": settings,
+            # Where the text lay on this machine is nobody's business.
+            "settings": settings | {"source": [Path(name).name for name in options.source]},
             "data_digest": manifest.digest,
             "jobs": options.jobs,
             "environment": environment(torch.device("cpu")),
