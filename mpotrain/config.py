@@ -187,6 +187,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def config_from_table(table: LayeredTable) -> RunConfig:
     """Validate a merged table; see `load_config`."""
+    model = table.data.get("model")
+    if isinstance(model, dict):
+        # Run files are older than the other networks.
+        model.setdefault("kind", "gpt2")
     return validate(RunConfig, table)
 
 

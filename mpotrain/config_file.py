@@ -50,6 +50,7 @@ def validate(kind: type[T], table: LayeredTable) -> T:
         ConfigError: with every mistake of form (unknown keys, wrong types) and, where the form is
             right, every mistake of content, each with its file and dotted key.
     """
+    _name_kinds(kind, table.data)
     try:
         # JSON mode takes arrays for tuples and stays strict about numbers.
         found: T = _adapter(kind).validate_json(json.dumps(table.data, default=_refuse))
@@ -62,6 +63,24 @@ def validate(kind: type[T], table: LayeredTable) -> T:
         located = [f"{table.source_of(line.partition(':')[0])}: {line}" for line in problems]
         raise ConfigError(located)
     return found
+
+
+def _name_kinds(kind: type[Any], data: dict[str, Any]) -> None:
+    """Write the default's `kind` into tables of tagged unions that name none.
+
+    So `train.optimizer.weight_decay=0.1` alone is enough where the default optimizer is meant.
+    """
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        inner = data.get(field.name)
+        if not isinstance(inner, dict):
+            continue
+        default = getattr(field.default, "kind", None)
+        if default is not None:
+            inner.setdefault("kind", default)
+        member = _member(hints[field.name], inner)
+        if dataclasses.is_dataclass(member) and isinstance(member, type):
+            _name_kinds(member, inner)
 
 
 def dump(configuration: object) -> str:

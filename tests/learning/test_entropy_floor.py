@@ -78,7 +78,9 @@ def test_a_planted_mask_that_is_not_causal_is_caught(
 ) -> None:
     attention = functional.scaled_dot_product_attention
 
-    def leaking(*arguments: torch.Tensor, is_causal: bool, dropout_p: float) -> torch.Tensor:
+    def leaking(
+        *arguments: torch.Tensor, attn_mask: None, is_causal: bool, dropout_p: float
+    ) -> torch.Tensor:
         assert is_causal
         return attention(*arguments, dropout_p=dropout_p)
 
