@@ -93,7 +93,7 @@ def _kind_problems(source: Source, config: AnyModel, target: Target) -> Iterator
 def _size_problems(source: AnyModel, target: AnyModel) -> Iterator[str]:
     for key in (*SIZE_KEYS[target.kind], *SETTINGS[target.kind]):
         theirs, ours = getattr(source, key), getattr(target, key)
-        if theirs == ours or (key == "num_layers" and _may_deepen(source)):
+        if theirs == ours or (key == "num_layers" and _may_deepen(source, theirs, ours)):
             continue
         hint = ""
         if key == "vocab_size" and ours > theirs:
@@ -109,9 +109,10 @@ def _size_problems(source: AnyModel, target: AnyModel) -> Iterator[str]:
             )
 
 
-def _may_deepen(source: AnyModel) -> bool:
+def _may_deepen(source: AnyModel, theirs: int, ours: int) -> bool:
     """Whether layers can be added: they are all alike, so that one more is made of any."""
-    return isinstance(source, EncoderConfig) and source.sharing.scope == "all"
+    shares = isinstance(source, EncoderConfig) and source.sharing.scope == "all"
+    return shares and ours > theirs
 
 
 def _bias_problems(source: AnyModel, target: AnyModel) -> Iterator[str]:

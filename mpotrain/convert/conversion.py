@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,8 +117,14 @@ def convert(
     heads = {name: filled.weights[name] for name in given.fresh if name in filled.weights}
     given = replace(given, weights={**heads, **given.weights})
     found = difference(source_outputs(given, batch), outputs(model, batch))
+    if not math.isfinite(found):
+        raise ConfigError(
+            [f"{given.origin}: scores are not finite, or overflow; nothing is written"]
+        )
     if filled.is_exact:
         _require_equal(found, tolerance, filled.errors, allow_truncation)
+    elif not allow_truncation:
+        _require_whole(filled.errors, tolerance)
     rows = batch.inputs if batch.encoder_inputs is None else batch.encoder_inputs
     return Conversion(
         origin=given.origin,
@@ -172,8 +179,19 @@ def _require_equal(
     raise ConfigError(["\n".join(lines)])
 
 
+def _require_whole(errors: list[SiteError], tolerance: float) -> None:
+    """Refuse truncated matrices where scores differ anyway and cannot tell of them."""
+    lost = [error for error in errors if error.truncated and not error.error <= tolerance]
+    if lost:
+        text = (
+            f"command line: bonds are truncated by more than --tolerance {tolerance:g}; leave "
+            "bonds and caps out, or accept the loss with --allow-truncation. Nothing is written"
+        )
+        raise ConfigError(["\n".join([text, *map(_error_line, lost)])])
+
+
 def _write(run: RunConfig, model: nn.Module, dataset: BlendedDataset, origin: str) -> Path:
-    """Write the run folder; the checkpoint, without which it counts for nothing, comes last."""
+    """Write the run folder: the checkpoint first, then what describes the run."""
     store = CheckpointStore(Path(run.folder) / CHECKPOINTS, CheckpointConfig(), SINGLE)
     position = position_of(
         run,
@@ -184,8 +202,10 @@ def _write(run: RunConfig, model: nn.Module, dataset: BlendedDataset, origin: st
     )
     try:
         store.claim()
+        path = store.save(position, _state(model))
+        # Later than the checkpoint: a folder that looks begun must not begin from random weights.
         record_start(run, SINGLE, 0, dataset.tokenizer_path)
-        return store.save(position, _state(model))
+        return path
     finally:
         store.close()
 

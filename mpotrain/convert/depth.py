@@ -73,7 +73,9 @@ class DepthMap:
     def draws(self) -> bool:
         """Whether deeper layers keep the auxiliary tensors that they were drawn with."""
         tensorized = any(getattr(self.target.sites, f).kind != "dense" for f in BLOCK_FAMILIES)
-        return self.unrolls and tensorized and self.target.start.deeper == "drawn"
+        start = self.target.start
+        is_deep = start.unscaled_layers < self.target.num_layers
+        return self.unrolls and tensorized and start.deeper == "drawn" and is_deep
 
     def source_layer(self, layer: int) -> int:
         """Return the layer of the source that a layer is made of: the one at the same height."""

@@ -28,6 +28,9 @@ from mpotrain.models.config import AnyModel
 TOLERANCE = 1e-5
 """Largest difference of scores over the largest score that passes for rounding (fp32)."""
 
+TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+"""A tokenizer of the Hugging Face library, and what says how to open it."""
+
 
 @dataclass(frozen=True)
 class Export:
@@ -65,6 +68,10 @@ class Export:
         ]
         if self.tokenizer is None:
             lines.append("no tokenizer file lies in the run folder; none was written")
+        elif self.tokenizer != TOKENIZER_FILE:
+            lines.append(
+                f"AutoTokenizer does not read {self.tokenizer}: open it with sentencepiece"
+            )
         return "\n".join(lines)
 
 
@@ -133,6 +140,10 @@ def _write(
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
         if tokenizer is not None:
             shutil.copyfile(tokenizer, folder / tokenizer.name)
+        if tokenizer is not None and tokenizer.name == TOKENIZER_FILE:
+            # Without it AutoTokenizer takes the class that usually goes with the model.
+            said = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n"
+            (folder / TOKENIZER_CONFIG).write_text(said, encoding="utf-8")
         try:
             save(tensors, folder / WEIGHTS_FILE, metadata=metadata)
         except safetensors.SafetensorError as error:

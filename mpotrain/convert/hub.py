@@ -117,7 +117,7 @@ def safetensors_library(purpose: str) -> Any:
 def _read_json(path: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     return found if isinstance(found, dict) else {}
 

@@ -49,12 +49,12 @@ def read_settings(
     keys = {ours: (theirs, defaults[ours]) for ours, theirs in KEYS.items()}
     sizes, wrong = read_sizes(found, keys)
     name = found.get("hidden_act", activation)
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         problems.append(f"hidden_act: is {name!r}, our encoder has {', '.join(ACTIVATIONS)}")
     problems += wrong + positive_problem(found, "layer_norm_eps")
     settings: dict[str, Any] = {
         **sizes,
-        "activation": ACTIVATIONS.get(name),
+        "activation": ACTIVATIONS.get(str(name)),
         "norm_eps": found.get("layer_norm_eps", 1e-12),
     }
     return settings, problems

@@ -164,9 +164,24 @@ def size_problems(sizes: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def alias_problems(found: Mapping[str, Any], aliases: Mapping[str, tuple[str, Any]]) -> list[str]:
+    """Return a line for each second name of a size that says something else than the first.
+
+    Args:
+        found: content of `config.json`; transformers takes a second name for the first one.
+        aliases: second names, each with the first one and what its absence means.
+    """
+    return [
+        f"{alias}: is {found[alias]!r}, but {name} is {found.get(name, absent)!r}; one of them is "
+        "wrong: leave the second name out"
+        for alias, (name, absent) in aliases.items()
+        if alias in found and found[alias] != found.get(name, absent)
+    ]
+
+
 def positive_problem(found: Mapping[str, Any], key: str) -> list[str]:
     """Return a line where a key is present and no positive number."""
     value = found.get(key, 1.0)
-    if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf"):
         return []
     return [f"{key}: is {value!r}, no positive number"]

@@ -13,6 +13,7 @@ from mpotrain.convert.hub_family import (
     TANH_GELU,
     HubFamily,
     Place,
+    alias_problems,
     fixed_problems,
     read_sizes,
     size_problems,
@@ -35,6 +36,13 @@ SIZES = {
     "num_heads": ("n_head", 12),
 }
 """Our sizes, their keys in `config.json` and what an absent key means."""
+ALIASES = {
+    "hidden_size": ("n_embd", 768),
+    "num_hidden_layers": ("n_layer", 12),
+    "num_attention_heads": ("n_head", 12),
+    "max_position_embeddings": ("n_positions", 1024),
+}
+"""Second names of sizes."""
 MODULES = {
     "norm_1": "ln_1",
     "attention.qkv": "attn.c_attn",
@@ -48,7 +56,7 @@ BASE = "transformer."
 
 def read(found: Mapping[str, Any]) -> tuple[GPT2Config | None, list[str]]:
     """Return our configuration of a Hugging Face GPT-2, or all reasons against it."""
-    problems = fixed_problems(found, FIXED, "GPT-2")
+    problems = fixed_problems(found, FIXED, "GPT-2") + alias_problems(found, ALIASES)
     activation = found.get("activation_function", TANH_GELU[0])
     if activation not in TANH_GELU:
         problems.append(f"activation_function: is {activation!r}, our GPT-2 has {TANH_GELU[0]!r}")

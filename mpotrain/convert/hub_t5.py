@@ -9,6 +9,7 @@ from typing import Any
 from mpotrain.convert.hub_family import (
     HubFamily,
     Place,
+    alias_problems,
     positive_problem,
     read_sizes,
     size_problems,
@@ -28,12 +29,19 @@ SIZES = {
 """Our sizes, their keys in `config.json` and what an absent key means."""
 TABLES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
 """Further names of the one embedding."""
+ALIASES = {
+    "hidden_size": ("d_model", 512),
+    "num_hidden_layers": ("num_layers", 6),
+    "num_attention_heads": ("num_heads", 8),
+    "head_dim": ("d_kv", 64),
+}
+"""Second names of sizes."""
 ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
 
 
 def read(found: Mapping[str, Any]) -> tuple[T5Config | None, list[str]]:
     """Return our configuration of a Hugging Face T5 v1.0, or all reasons against it."""
-    problems = _newer(found)
+    problems = _newer(found) + alias_problems(found, ALIASES)
     sizes, wrong = read_sizes(found, SIZES)
     decoder = found.get("num_decoder_layers")
     if decoder is not None:
@@ -57,6 +65,10 @@ def _newer(found: Mapping[str, Any]) -> list[str]:
             f"feed_forward_proj: is {projection!r}; our T5 is v1.0, whose feed-forward layers have "
             "ReLU and no gate (v1.1, mT5 and Flan-T5 are gated)"
         )
+    # transformers computes by these two where they are there, whatever the name above says.
+    for key, plain in (("dense_act_fn", "relu"), ("is_gated_act", False)):
+        if found.get(key, plain) not in (None, plain):
+            problems.append(f"{key}: is {found[key]!r}; T5 v1.0 has {plain!r}")
     if found.get("tie_word_embeddings") is False:
         problems.append(
             "tie_word_embeddings: is false; the output layer of T5 v1.0 is its embedding (v1.1 has "

@@ -73,9 +73,14 @@ def source_outputs(source: Source, batch: Batch) -> dict[str, Tensor]:
 
 
 def difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> float:
-    """Return the largest difference over the largest value, of what both models compute."""
-    return max(
-        float((found[name] - value).abs().max() / value.abs().max().clamp_min(1e-30))
+    """Return the largest difference over the largest value, of what both models compute.
+
+    NaN where either computes NaN or infinity.
+    """
+    worst = [
+        (found[name] - value).abs().max() / value.abs().max().clamp_min(1e-30)
         for name, value in expected.items()
         if name in found
-    )
+    ]
+    # The maximum of tensors keeps NaN, wherever it stands; Python's does not.
+    return float(torch.stack(worst).max())
