@@ -105,7 +105,7 @@ def run_steps(engine: Engine, first: int, last: int) -> list[StepResult]:
     return [
         engine.step(
             microbatches(step, world),
-            lr=1e-2 * (1 + step) / 4,
+            lr=2.5e-3 * (1 + step) / 4,
             step=step,
             detail=True,
         )

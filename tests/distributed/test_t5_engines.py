@@ -144,7 +144,7 @@ def train(
         numbers = range(world.rank, GLOBAL // MICRO, world.size)
         starts = [step * GLOBAL + number * MICRO for number in numbers]
         batches = [batch_of(range(start, start + MICRO)) for start in starts]
-        results.append(engine.step(batches, lr=4e-3 * (1 + step) / 4, step=step, detail=True))
+        results.append(engine.step(batches, lr=1e-3 * (1 + step) / 4, step=step, detail=True))
     # Ranks have different numbers of held-out batches: exchanges must not wait for ever.
     held = engine.evaluate([batch_of(range(900, 903))] if world.rank == 0 else [])
     state = whole_state(engine)
