@@ -11,8 +11,9 @@ from mpotrain.batch import Batch, LossOutput
 from mpotrain.models.building import SiteBuilder
 from mpotrain.models.gpt2_config import GPT2Config
 from mpotrain.models.sites import Site
+from mpotrain.models.token_loss import token_loss
 from mpotrain.nn.attention import CausalSelfAttention, document_mask
-from mpotrain.nn.block import AUXILIARY_LOSS, Block, FeedForward, stack_mixtures
+from mpotrain.nn.block import Block, FeedForward
 from mpotrain.nn.norm import LayerNorm
 
 
@@ -57,32 +58,17 @@ class GPT2(nn.Module):
         Returns:
             Sum over the targets that count, in fp32, and their number. With mixtures of experts
             also their statistics, stacked over the mixtures in block order: (L, E) or (L,), and in
-            training their auxiliary losses times the number of targets.
+            training their auxiliary losses times the number of targets; in evaluation how many
+            targets have the highest score.
         """
         hidden, mixtures = self._trunk(batch.inputs, batch.positions, batch.document_ids)
-        logits = self.logits(hidden)
-        targets = batch.targets.masked_fill(~batch.loss_mask, -100)
-        loss_sum = functional.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
+        return token_loss(
+            self.logits(hidden),
+            batch,
+            mixtures,
+            training=self.training,
+            return_logits=return_logits,
         )
-        num_tokens = batch.loss_mask.sum()
-        auxiliary = None
-        if mixtures and self.training:
-            # A mean over the micro-batch's tokens becomes a sum, as every loss is.
-            auxiliary = torch.stack([m[AUXILIARY_LOSS] for m in mixtures]).sum() * num_tokens
-        return LossOutput(
-            loss_sum=loss_sum,
-            num_tokens=num_tokens,
-            logits=logits.float() if return_logits else None,
-            auxiliary_sum=auxiliary,
-            statistics=stack_mixtures(mixtures) | self._right(logits, batch),
-        )
-
-    def _right(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Return, in evaluation, how many targets have the highest score."""
-        if self.training:
-            return {}
-        return {"correct": ((logits.argmax(-1) == batch.targets) & batch.loss_mask).sum()}
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """Return the normalised last hidden state (B, T, H) of tokens (B, T), T <= context."""

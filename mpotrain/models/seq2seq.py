@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mpotrain.batch import Batch, LossOutput
 from mpotrain.models.building import SiteBuilder
 from mpotrain.models.sites import Site
 from mpotrain.models.t5_config import MODULES, T5Config
-from mpotrain.nn.block import AUXILIARY_LOSS, stack_mixtures
+from mpotrain.models.token_loss import token_loss
 from mpotrain.nn.moe.mixture import MixtureOfExperts
 from mpotrain.nn.relative_bias import RelativeBias
 from mpotrain.nn.t5_block import RMSNorm, T5Attention, T5Block, T5FeedForward
@@ -71,27 +70,12 @@ class T5(nn.Module):
         hidden, more = self._decode(
             batch.inputs, memory, batch.document_ids, batch.encoder_document_ids
         )
-        mixtures += more
-        logits = self.logits(hidden)
-        targets = batch.targets.masked_fill(~batch.loss_mask, -100)
-        loss_sum = functional.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
-        )
-        num_tokens = batch.loss_mask.sum()
-        auxiliary = None
-        if mixtures and self.training:
-            # A mean over the tokens of a stack becomes a sum over targets, as every loss is.
-            auxiliary = torch.stack([m[AUXILIARY_LOSS] for m in mixtures]).sum() * num_tokens
-        statistics = stack_mixtures(mixtures)
-        if not self.training:
-            right = (logits.argmax(-1) == batch.targets) & batch.loss_mask
-            statistics["correct"] = right.sum()
-        return LossOutput(
-            loss_sum=loss_sum,
-            num_tokens=num_tokens,
-            logits=logits.float() if return_logits else None,
-            auxiliary_sum=auxiliary,
-            statistics=statistics,
+        return token_loss(
+            self.logits(hidden),
+            batch,
+            mixtures + more,
+            training=self.training,
+            return_logits=return_logits,
         )
 
     def encode(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:

@@ -24,7 +24,9 @@ def render(report: PlanReport) -> str:
         lines.append(f"  active          {active:>16,}   (met by one token)")
     lines += [f"  {'role ' + k:<15} {v:>16,}" for k, v in sorted(report.by_role.items())]
     width = max(15, *map(len, report.by_part))
-    lines += [f"  {k:<{width}} {v:>{max(31 - width, 10)}}" for k, v in _grouped(report.by_part)]
+    lines += [
+        f"  {part:<{width}} {size:>{max(31 - width, 10)},}" for part, size in report.by_part.items()
+    ]
     lines += ["", *_site_lines(report.sites), ""]
     lines += [
         f"step              {report.tokens_per_step:,} tokens, "
@@ -58,10 +60,6 @@ def render(report: PlanReport) -> str:
     else:
         lines.append("no problems found")
     return "\n".join(lines)
-
-
-def _grouped(sizes: dict[str, int]) -> list[tuple[str, str]]:
-    return [(key, f"{size:,}") for key, size in sizes.items()]
 
 
 def _traffic_parts(report: PlanReport) -> str:
