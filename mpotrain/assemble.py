@@ -14,6 +14,7 @@ from mpotrain.data.stream import Split
 from mpotrain.engine.base import Engine
 from mpotrain.engine.config import DeepSpeedConfig, LocalConfig
 from mpotrain.engine.local import LocalEngine
+from mpotrain.engine.megatron.config import MegatronConfig
 from mpotrain.errors import DataError
 from mpotrain.models.config import AnyModel
 from mpotrain.models.encoder import Encoder
@@ -65,6 +66,8 @@ def build_engine(run: RunSettings, model: nn.Module, world: World) -> Engine:
             model, optimizer, config=run.engine, world=world, seed=run.train.seed,
             clip_norm=clip_norm, central_mask=mask,
         )  # fmt: skip
+    if isinstance(run.engine, MegatronConfig):
+        return _megatron_engine(run, run.engine, model, optimizer, world)
     assert isinstance(run.engine, DeepSpeedConfig)
     from mpotrain.engine.deepspeed import DeepSpeedEngine
 
@@ -74,6 +77,25 @@ def build_engine(run: RunSettings, model: nn.Module, world: World) -> Engine:
         clip_norm=clip_norm, micro_batch_size=run.train.micro_batch_size,
         accumulation=layout.accumulation, global_batch_size=run.train.global_batch_size,
         expert_ranks=run.parallel.expert, central_mask=mask,
+    )  # fmt: skip
+
+
+def _megatron_engine(
+    run: RunSettings,
+    config: MegatronConfig,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+) -> Engine:
+    from mpotrain.engine.megatron import cpu
+
+    cpu.install()  # before megatron-core is imported; does nothing where there is CUDA
+    from mpotrain.engine.megatron.engine import MegatronEngine
+
+    assert isinstance(run, RunConfig)  # fine-tuning refuses this engine
+    return MegatronEngine(
+        model, optimizer, network=run.model, config=config, world=world, seed=run.train.seed,
+        clip_norm=run.train.clip_norm or None, central_mask=run.train.central_mask,
     )  # fmt: skip
 
 

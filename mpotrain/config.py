@@ -10,8 +10,10 @@ from mpotrain.checkpoint.config import CheckpointConfig
 from mpotrain.config_file import dump, json_schema, leaves, validate
 from mpotrain.data.config import DataConfig
 from mpotrain.data.masked_config import MaskedConfig
-from mpotrain.engine.config import EngineConfig, LocalConfig, expert_problems
+from mpotrain.engine.config import EngineConfig, LocalConfig, expert_problems, uncut_problems
 from mpotrain.engine.config import problems as engine_problems
+from mpotrain.engine.megatron.config import MegatronConfig
+from mpotrain.engine.megatron.problems import Layout, megatron_problems
 from mpotrain.errors import ConfigError
 from mpotrain.layered_toml import LayeredTable, read_layers
 from mpotrain.models.config import ModelConfig
@@ -85,16 +87,24 @@ class RunConfig:
         Args:
             world_size: number of processes where it is known.
         """
-        found = [f"{key}: is empty" for key in ("name", "folder") if not getattr(self, key).strip()]
-        found += [
+        sections = [
             *self.model.problems("model"),
             *self.data.problems("data"),
             *self.train.problems("train"),
-            *self.checkpoint.problems("checkpoint"),
             *self.parallel.problems("parallel"),
+        ]
+        found = [f"{key}: is empty" for key in ("name", "folder") if not getattr(self, key).strip()]
+        found += [
+            *sections,
+            *self.checkpoint.problems("checkpoint"),
             *engine_problems(self.engine, world_size, "engine"),
+            *uncut_problems(self.engine, self.parallel),
         ]
         found += self._objective_problems()
+        if isinstance(self.engine, MegatronConfig) and not sections:
+            # Sizes that are wrong in themselves would be wrong once more for every degree.
+            found += megatron_problems(self._layout(world_size))
+            found += self._optimizer_problems(self.engine)
         found += self._expert_problems(self.model.moe, world_size)
         if world_size is not None:
             found += batch_problems(
@@ -105,6 +115,25 @@ class RunConfig:
     def sample_lengths(self) -> SampleLengths:
         """Return how long a sample is for each part of the network."""
         return self.data.objective.lengths(self.data.sequence_length)
+
+    def _layout(self, world_size: int | None) -> Layout:
+        return Layout(
+            model=self.model,
+            parallel=self.parallel,
+            data=self.data,
+            global_batch_size=self.train.global_batch_size,
+            micro_batch_size=self.train.micro_batch_size,
+            world_size=world_size,
+        )
+
+    def _optimizer_problems(self, engine: MegatronConfig) -> list[str]:
+        if self.train.optimizer.kind != "lamb" or not engine.distributed_optimizer:
+            return []
+        return [
+            "engine.distributed_optimizer: true, but LAMB takes norms of whole layers, which "
+            "Megatron-core's distributed optimizer cuts over data-parallel ranks without regard to "
+            'layers; set engine.distributed_optimizer=false, or train.optimizer.kind="adamw"'
+        ]
 
     def _objective_problems(self) -> list[str]:
         """Return what is wrong between the network and what it is to predict."""

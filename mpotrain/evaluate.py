@@ -89,10 +89,10 @@ class Evaluator:
         self._loader = Loader(
             dataset,
             objective=open_objective(dataset),
-            global_batch_size=micro_batch_size * world.size,
+            global_batch_size=micro_batch_size * world.data_size,
             micro_batch_size=micro_batch_size,
-            rank=world.rank,
-            world_size=world.size,
+            rank=world.data_rank,
+            world_size=world.data_size,
             prefetch=False,
         )
 

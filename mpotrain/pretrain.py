@@ -95,8 +95,8 @@ class PretrainingStart(Start):
                 objective=open_objective(self.dataset),
                 global_batch_size=config.global_batch_size,
                 micro_batch_size=config.micro_batch_size,
-                rank=world.rank,
-                world_size=world.size,
+                rank=world.data_rank,
+                world_size=world.data_size,
                 pin_memory=world.device.type == "cuda",
             )
         )

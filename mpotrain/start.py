@@ -82,7 +82,7 @@ def launch(run: RunSettings, build: StartFactory, *, fresh: bool, profile: bool)
     # Signals count from here on: one that comes while the model is built or a checkpoint is read
     # stops the run at its first step instead of killing it.
     with stop:
-        world = init_world(run.engine.kind, run.engine.device, ranks=ranks)
+        world = init_world(run.engine.kind, run.engine.device, ranks=ranks, parallel=run.parallel)
         try:
             return _launch(run, build, world, stop, fresh, profile)
         finally:

@@ -146,7 +146,7 @@ def evaluate_checkpoint(
     run = replace(run, parallel=replace(run.parallel, expert=experts))
     if ranks.size == 1:
         run = replace(run, engine=LocalConfig(dtype=run.engine.dtype, device=run.engine.device))
-    world = init_world(run.engine.kind, run.engine.device, ranks=ranks)
+    world = init_world(run.engine.kind, run.engine.device, ranks=ranks, parallel=run.parallel)
     try:
         dataset = open_data(run, split)
         saved = saved_tokenizer(trained.manifest)

@@ -145,7 +145,7 @@ class CentralMask:
         generator = torch.Generator()
         generator.manual_seed(mask_seed(self._seed, step, zlib.crc32(name.encode())))
         draws = torch.rand(self._sizes[name], generator=generator)
-        own = draws.narrow(0, fragment.start, fragment.numel)
+        own = fragment.elements(draws)
         return (own < self._config.probability).to(fragment.flat.device)
 
 

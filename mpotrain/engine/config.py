@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from mpotrain.engine.megatron.config import MegatronConfig
+from mpotrain.parallel.plan import DEGREES, ParallelConfig
 from mpotrain.schema import config
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -87,17 +89,22 @@ class DeepSpeedConfig:
     """Where to compute; "auto" takes CUDA where there is any."""
 
 
-EngineConfig = Annotated[LocalConfig | DeepSpeedConfig, Field(discriminator="kind")]
+EngineConfig = Annotated[
+    LocalConfig | DeepSpeedConfig | MegatronConfig, Field(discriminator="kind")
+]
 """The engine section: tagged by `kind`."""
 
 
 def expert_problems(
-    engine: LocalConfig | DeepSpeedConfig,
+    engine: EngineConfig,
     expert_ranks: int,
     num_experts: int | None,
     world_size: int | None = None,
 ) -> list[str]:
     """Return why experts cannot be spread as asked, one line each.
+
+    Under the Megatron engine that depends on all degrees, see
+    `mpotrain.engine.megatron.problems`.
 
     Args:
         engine: the engine section.
@@ -106,8 +113,8 @@ def expert_problems(
         world_size: number of processes where it is known.
     """
     where = "parallel.expert"
-    if expert_ranks <= 1:  # below 1 the section itself says so
-        return []
+    if expert_ranks <= 1 or isinstance(engine, MegatronConfig):
+        return []  # below 1 the section itself says so
     if num_experts is None:
         return [f"{where}: {expert_ranks}, but the model has no mixture of experts (model.moe)"]
     found = []
@@ -144,9 +151,27 @@ def expert_problems(
     return found
 
 
-def problems(
-    engine: LocalConfig | DeepSpeedConfig, world_size: int | None, where: str
-) -> list[str]:
+def uncut_problems(engine: EngineConfig, parallel: ParallelConfig) -> list[str]:
+    """Return the degrees that cut the network, under an engine that does not, one line each.
+
+    Args:
+        engine: the engine section.
+        parallel: the degrees.
+    """
+    if isinstance(engine, MegatronConfig):
+        return []
+    asked = {key: getattr(parallel, key) for key in DEGREES if key != "expert"}
+    found = [(key, str(ranks), "1") for key, ranks in asked.items() if ranks > 1]
+    if parallel.sequence:
+        found.append(("sequence", "true", "false"))
+    return [
+        f"parallel.{key}: {value}, but the {engine.kind} engine does not cut the network; use "
+        f'engine.kind="megatron", or parallel.{key}={without}'
+        for key, value, without in found
+    ]
+
+
+def problems(engine: EngineConfig, world_size: int | None, where: str) -> list[str]:
     """Return every combination that cannot run, one line each, with the reason.
 
     Args:
@@ -156,6 +181,8 @@ def problems(
     """
     if isinstance(engine, LocalConfig):
         return _local_problems(world_size, where)
+    if isinstance(engine, MegatronConfig):
+        return _overlap_problems(engine, where)
     return _zero_problems(engine, where) + _size_problems(engine, where)
 
 
@@ -166,6 +193,24 @@ def _local_problems(world_size: int | None, where: str) -> list[str]:
         f"{where}.kind: the local engine runs one process, but the world has {world_size}; "
         f'start one process, or set {where}.kind="deepspeed"'
     ]
+
+
+def _overlap_problems(engine: MegatronConfig, where: str) -> list[str]:
+    found = []
+    if engine.bucket_elements < 1:
+        found.append(f"{where}.bucket_elements: {engine.bucket_elements}; it must be at least 1")
+    needed = [
+        f"{where}.{key}=true"
+        for key in ("distributed_optimizer", "overlap_grad_reduce")
+        if not getattr(engine, key)
+    ]
+    if engine.overlap_param_gather and needed:
+        found.append(
+            f"{where}.overlap_param_gather: gathers what each rank of the distributed optimizer "
+            "has updated, in the buckets in which gradients are reduced during backward; set "
+            f"{' and '.join(needed)}, or {where}.overlap_param_gather=false"
+        )
+    return found
 
 
 def _zero_problems(engine: DeepSpeedConfig, where: str) -> list[str]:

@@ -44,7 +44,7 @@ def evaluate_batches(
     model.eval()
     try:
         with torch.no_grad():
-            for batch, counts in _in_lockstep(batches, world) if lockstep else _alone(batches):
+            for batch, counts in in_lockstep(batches, world) if lockstep else _alone(batches):
                 here = batch.to(world.device)
                 loss, counted = forward(here)
                 if counts:
@@ -63,7 +63,7 @@ def _alone(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
         yield batch, True
 
 
-def _in_lockstep(batches: Iterable[Batch], world: World) -> Iterator[tuple[Batch, bool]]:
+def in_lockstep(batches: Iterable[Batch], world: World) -> Iterator[tuple[Batch, bool]]:
     """Yield this rank's batches, then others' that do not count until no rank has any left.
 
     A batch that does not count has no targets either, so that a model that looks at the mask does

@@ -26,6 +26,7 @@ class StateMemory:
         moments: both moments of the optimizer.
         buffers: for messages: gradients in flight, weights gathered ahead.
         on_host: part of the above that lives in host memory (offload).
+        cache: matrices rebuilt once per step, and their summed gradients.
     """
 
     weights: int
@@ -34,12 +35,13 @@ class StateMemory:
     moments: int
     buffers: int = 0
     on_host: int = 0
+    cache: int = 0
 
     @property
     def total(self) -> int:
         """Bytes on the device."""
-        held = self.weights + self.masters + self.gradients + self.moments + self.buffers
-        return held - self.on_host
+        state = self.weights + self.masters + self.gradients + self.moments
+        return state + self.buffers + self.cache - self.on_host
 
 
 @dataclass(frozen=True)

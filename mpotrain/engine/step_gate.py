@@ -66,6 +66,15 @@ class StepGate:
         finally:
             self._open = True
 
+    def set(self, *, step: int, clip: float) -> None:
+        """Let the next update pass.
+
+        Args:
+            step: number of the step, which decides what rests.
+            clip: factor of all gradients.
+        """
+        self._open, self._number, self._clip = True, step, clip
+
     def remove(self) -> None:
         """Give the optimizer its own `step` back."""
         self._optimizer.__dict__.pop("step", None)

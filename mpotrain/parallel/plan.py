@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from mpotrain.errors import ParallelError
 from mpotrain.schema import config
 
+DEGREES = ("expert", "tensor", "pipeline", "virtual_pipeline", "context", "expert_tensor")
+"""Fields of `ParallelConfig` that count ranks or chunks."""
+
 
 @config
 class ParallelConfig:
@@ -17,6 +20,18 @@ class ParallelConfig:
     expert: int = 1
     """Ranks over which the experts of a mixture are spread; divides the world and the experts.
     1 = every rank holds all experts and no token travels."""
+    tensor: int = 1
+    """Ranks that share every matrix: each computes some of its features (tp, Megatron engine)."""
+    sequence: bool = False
+    """Split norms and residual streams over the tensor-parallel ranks, by positions (sp)."""
+    pipeline: int = 1
+    """Stages of layers, one behind the other (pp, Megatron engine)."""
+    virtual_pipeline: int = 1
+    """Chunks of layers on each stage, which a micro-batch meets in turn (vp); 1 = one chunk."""
+    context: int = 1
+    """Ranks that share every sequence, by positions, in all layers (cp, Megatron engine)."""
+    expert_tensor: int = 1
+    """Ranks that share every expert's matrices (etp, Megatron engine)."""
 
     def problems(self, where: str) -> list[str]:
         """Return everything wrong with the degrees themselves, one line each.
@@ -27,9 +42,19 @@ class ParallelConfig:
         found = []
         if self.data is not None and self.data < 1:
             found.append(f"{where}.data: {self.data} ranks; give at least 1, or leave it out")
-        if self.expert < 1:
-            found.append(f"{where}.expert: {self.expert} ranks; give at least 1")
+        for key in DEGREES:
+            if getattr(self, key) < 1:
+                found.append(f"{where}.{key}: {getattr(self, key)} ranks; give at least 1")
         return found
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that together compute one micro-batch: tp x cp x pp."""
+        return self.tensor * self.context * self.pipeline
+
+    def data_ranks(self, world_size: int) -> int:
+        """Return the data-parallel ranks of a world, at least 1; each meets its own samples."""
+        return max(1, world_size // max(1, self.model_ranks))
 
 
 @dataclass(frozen=True)
@@ -97,22 +122,28 @@ def batch_problems(
         global_batch_size: sequences in an optimizer step.
         micro_batch_size: sequences in one forward pass of one rank.
         world_size: number of processes that were started.
-        parallel: expected number of data-parallel ranks, checked against the world.
+        parallel: how many of them work on one micro-batch (the others are data-parallel), and
+            the expected number of data-parallel ranks.
 
     Returns:
         One line for each problem, beginning with its dotted key; empty when all fits.
     """
-    found = []
+    together = 1 if parallel is None else max(1, parallel.model_ranks)
+    if world_size % together:
+        return []  # the engine says which degree does not divide the world
+    ranks, found = world_size // together, []
     expected = None if parallel is None else parallel.data
-    if expected is not None and expected != world_size:
+    if expected is not None and expected != ranks:
+        data = "" if together == 1 else f"{ranks} data-parallel ranks in "
         found.append(
-            f"parallel.data: {expected} ranks are expected, but the world has {world_size}; start "
-            f"{expected} processes, or change parallel.data to {world_size}"
+            f"parallel.data: {expected} ranks are expected, but the world has {data}{world_size}; "
+            f"start {expected * together} processes, or change parallel.data to {ranks}"
         )
-    return found + _division_problems(global_batch_size, micro_batch_size, world_size)
+    kind = "ranks" if together == 1 else "data-parallel ranks"
+    return found + _division_problems(global_batch_size, micro_batch_size, ranks, kind)
 
 
-def _division_problems(global_size: int, micro: int, world: int) -> list[str]:
+def _division_problems(global_size: int, micro: int, world: int, kind: str = "ranks") -> list[str]:
     found = [
         f"{key}: {value}; it must be at least 1"
         for key, value in (
@@ -129,10 +160,10 @@ def _division_problems(global_size: int, micro: int, world: int) -> list[str]:
         micros = _divisors_near(global_size // world, micro)
         choices.append(f"train.micro_batch_size={_either(micros)}")
     if global_size % micro == 0:
-        choices.append(f"{_either(_divisors_near(global_size // micro, world))} ranks")
+        choices.append(f"{_either(_divisors_near(global_size // micro, world))} {kind}")
     return [
         f"train.global_batch_size: {global_size} sequences cannot be cut into micro-batches of "
-        f"{micro} on {world} ranks ({global_size} is no multiple of {micro} x {world} = "
+        f"{micro} on {world} {kind} ({global_size} is no multiple of {micro} x {world} = "
         f"{micro * world}); nearest valid choices: {', or '.join(choices)}"
     ]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mpotrain.errors import MpotrainError, ParallelError
 from mpotrain.parallel.environment import Ranks, export_environment, resolve_environment
+from mpotrain.parallel.plan import ParallelConfig
 from mpotrain.parallel.seeds import microbatch_seed
 from mpotrain.parallel.watch import watch_parent
 
@@ -31,23 +32,27 @@ __all__ = [
 
 T = TypeVar("T")
 
+DATA_PARALLEL = ParallelConfig()
+"""Every rank computes whole samples."""
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others before it gives up with an error."""
 
 
 @dataclass(frozen=True)
 class World:
-    """All data-parallel ranks of a run, seen from one of them.
+    """All ranks of a run, or of a group of them, seen from one of them.
 
     Every method but `is_main` is collective: all ranks call it, in the same order. A world of one
     needs no process group and answers at once.
 
     Attributes:
-        rank: number of this process.
+        rank: number of this process in the world.
         size: number of processes.
         local_rank: number of this process on its node.
         device: where this process computes.
         backend: "gloo" or "nccl"; None without a process group.
+        parallel: degrees by which the ranks share the work on a micro-batch.
+        group: the ranks, where they are not all of the run.
     """
 
     rank: int
@@ -55,6 +60,18 @@ class World:
     local_rank: int
     device: torch.device
     backend: str | None = None
+    parallel: ParallelConfig = DATA_PARALLEL
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def data_size(self) -> int:
+        """Number of data-parallel ranks: those that meet different samples."""
+        return self.parallel.data_ranks(self.size)
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the data-parallel parts this process works on, see `RankGrid`."""
+        return self.rank // (self.parallel.tensor * self.parallel.context) % self.data_size
 
     @property
     def is_main(self) -> bool:
@@ -66,25 +83,25 @@ class World:
         if self.size == 1:
             return flag
         value = torch.tensor(flag, dtype=torch.int64, device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
         return int(value)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over all ranks in place, and return it."""
         if self.size > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+            dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.group)
         return tensor
 
     def reduce_sum(self, tensor: Tensor, target: int) -> Tensor:
         """Sum `tensor` over all ranks into that of rank `target`; others' contents are lost."""
         if self.size > 1:
-            dist.reduce(tensor, dst=target, op=dist.ReduceOp.SUM)
+            dist.reduce(tensor, group_dst=target, op=dist.ReduceOp.SUM, group=self.group)
         return tensor
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """Overwrite `tensor` with that of rank `source`, and return it."""
         if self.size > 1:
-            dist.broadcast(tensor, src=source)
+            dist.broadcast(tensor, group_src=source, group=self.group)
         return tensor
 
     def broadcast_object(self, value: T, source: int = 0) -> T:
@@ -92,7 +109,9 @@ class World:
         if self.size == 1:
             return value
         box: list[Any] = [value]
-        dist.broadcast_object_list(box, src=source, device=self._object_device)
+        dist.broadcast_object_list(
+            box, group_src=source, group=self.group, device=self._object_device
+        )
         result: T = box[0]
         return result
 
@@ -101,7 +120,7 @@ class World:
         if self.size == 1:
             return [value]
         box: list[Any] = [None] * self.size
-        dist.all_gather_object(box, value)
+        dist.all_gather_object(box, value, group=self.group)
         return box
 
     def together(self, action: Callable[[], T]) -> T:
@@ -133,7 +152,7 @@ class World:
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
     @property
     def _object_device(self) -> torch.device:
@@ -145,6 +164,7 @@ def init_world(
     device: str = "auto",
     *,
     ranks: Ranks | None = None,
+    parallel: ParallelConfig = DATA_PARALLEL,
     timeout: timedelta = COLLECTIVE_TIMEOUT,
 ) -> World:
     """Join the other processes of the run.
@@ -153,6 +173,7 @@ def init_world(
         engine: kind of the engine; "local" stays a single process without a process group.
         device: "auto" (CUDA where there is any), "cpu" or "cuda".
         ranks: place of this process; by default read from the environment.
+        parallel: degrees of the run.
         timeout: how long a collective waits for the other ranks.
 
     Returns:
@@ -187,7 +208,7 @@ def init_world(
             f"{ranks.master_addr}:{ranks.master_port} over {backend}: {error}; check that every "
             "rank was started, that the address can be reached and that the port is free"
         ) from error
-    return World(ranks.rank, ranks.size, ranks.local_rank, chosen, backend)
+    return World(ranks.rank, ranks.size, ranks.local_rank, chosen, backend, parallel)
 
 
 def close_world(world: World) -> None:

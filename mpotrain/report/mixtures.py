@@ -8,6 +8,7 @@ from mpotrain.config import RunConfig
 from mpotrain.engine.expert_traffic import ExpertLayout, TokenFlow, expert_layouts, least_traffic
 from mpotrain.engine.memory import NO_EXPERTS, ExpertSizes
 from mpotrain.models.network import ROUTER
+from mpotrain.report.grid import expert_spreads, work_of
 from mpotrain.tensor.device import BYTES
 
 
@@ -48,7 +49,11 @@ def mixture_report(run: RunConfig, world_size: int, accumulation: int) -> Mixtur
     if moe is None:
         return None
     sizes = [(parameter.size, parameter.num_experts) for parameter in run.model.parameters()]
-    layouts = expert_layouts(run.engine, sizes, world_size, accumulation, token_flow(run))
+    work = work_of(run, world_size, accumulation)
+    if work is None:
+        layouts = expert_layouts(run.engine, sizes, world_size, accumulation, token_flow(run))
+    else:
+        layouts = expert_spreads(work)
     return MixtureReport(
         num_mixtures=len(run.model.mixtures()),
         num_experts=moe.num_experts,

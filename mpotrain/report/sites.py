@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from mpotrain.config import RunConfig
 from mpotrain.models.sites import Site
 from mpotrain.nn.config import MPOSite, TTMSite, site_plan
 from mpotrain.nn.moe.config import AsymmetricExpertSite, MPOExpertSite, expert_site_plan
+from mpotrain.report.share import RankShare, rank_share
 from mpotrain.tensor.cost import dense_cost
 from mpotrain.tensor.device import PROFILES
 from mpotrain.tensor.expert_plan import ExpertPlan
 from mpotrain.tensor.experts import auxiliary_shapes, num_expert_parameters
 from mpotrain.tensor.plan import ContractionPlan
+from mpotrain.tensor.spec import MPOSpec
 
 
 @dataclass(frozen=True)
@@ -81,34 +83,40 @@ def families(run: RunConfig) -> list[list[Site]]:
     return list(groups.values())
 
 
-def site_reports(run: RunConfig, device: str) -> list[SiteReport]:
+def site_reports(run: RunConfig, device: str, accumulation: int = 1) -> list[SiteReport]:
     """Return what every family of weight matrices costs.
 
     Args:
         run: a validated run.
         device: name of a device profile.
+        accumulation: micro-batches of a step on each data-parallel rank.
     """
-    return [_site_report(run, group, device) for group in families(run)]
+    share = rank_share(run)
+    return [_site_report(run, group, share, device, accumulation) for group in families(run)]
 
 
 def render_operations(run: RunConfig, device: str) -> str:
     """Return every contraction of every family of sites, operation by operation."""
-    tables = []
+    tables, share = [], rank_share(run)
     for group in families(run):
-        plan = _plan(run, group[0], device)
+        plan = _plan(run, group[0], share, device)
         if plan is not None:
             tables.append(f"\n{group[0].family}\n{plan.describe()}")
     return "\n".join(tables) or "\nevery site is dense"
 
 
-def _site_report(run: RunConfig, group: list[Site], device: str) -> SiteReport:
+def _site_report(
+    run: RunConfig, group: list[Site], share: RankShare, device: str, accumulation: int
+) -> SiteReport:
     site, copies = group[0], len(group)
     dense = site.in_features * site.out_features * max(site.num_experts, 1)
-    execution = _execution(run, site, device)
+    execution = _execution(run, site, share, device)
+    if share.caches(site):
+        execution = _once_per_step(execution, share.spec(site), share.rows(site), accumulation)
     recomputed = run.model.activation_checkpointing and site.family != "embedding"
     flops = (2 if recomputed else 1) * execution.forward_flops + execution.backward_flops
     uses = copies * site.calls
-    calls = uses * (run.train.global_batch_size // run.train.micro_batch_size)
+    calls = uses * (run.train.global_batch_size // run.train.micro_batch_size) * share.ranks(site)
     spec = site.spec
     return SiteReport(
         family=site.family,
@@ -148,8 +156,8 @@ def _banked_parameters(group: list[Site]) -> int:
     return 0 if spec is None else len(banks) * prod(spec.core_shapes[spec.central_index])
 
 
-def _execution(run: RunConfig, site: Site, device: str) -> _Execution:
-    plan = _plan(run, site, device)
+def _execution(run: RunConfig, site: Site, share: RankShare, device: str) -> _Execution:
+    plan = _plan(run, site, share, device)
     if plan is not None:
         words = _plan_words(plan) if isinstance(plan, ContractionPlan) else _expert_words(plan)
         return _Execution(
@@ -160,26 +168,47 @@ def _execution(run: RunConfig, site: Site, device: str) -> _Execution:
             plan.saved_bytes,
             plan.transient_bytes,
         )
-    rows = _rows(run, site) * site.top_k
-    forward = 2 * site.in_features * site.out_features * rows
-    ratio = _grouped_ratio(run, site, rows, device) if site.num_experts else 1.0
+    rows = share.rows(site) * site.top_k
+    shape = share.shape(site)
+    forward = 2 * shape[0] * shape[1] * rows
+    ratio = _grouped_ratio(run, site, shape, rows, device) if site.num_experts else 1.0
     words = "grouped product" if site.num_experts else "dense"
     return _Execution(words, ratio, forward, 2 * forward)
 
 
-def _plan(run: RunConfig, site: Site, device: str) -> ContractionPlan | ExpertPlan | None:
+def _once_per_step(
+    execution: _Execution, spec: MPOSpec | None, rows: int, accumulation: int
+) -> _Execution:
+    """Return what each micro-batch does where a matrix is rebuilt once for all of them."""
+    assert spec is not None
+    dense = 2 * spec.in_features * spec.out_features * rows
+    return _Execution(
+        "W rebuilt once per step",
+        1.0 + (execution.time_ratio - 1.0) / accumulation,
+        dense + (execution.forward_flops - dense) // accumulation,
+        2 * dense + (execution.backward_flops - 2 * dense) // accumulation,
+        0,  # W and its gradient belong to the training state
+        execution.transient_bytes,
+    )
+
+
+def _plan(
+    run: RunConfig, site: Site, share: RankShare, device: str
+) -> ContractionPlan | ExpertPlan | None:
     """Return the plan of a site as its layer will ask for it; None when dense."""
     choice, dtype, profile = site.choice, run.engine.dtype, PROFILES[device]
-    if site.spec is None:
+    spec, rows = share.spec(site), share.rows(site)
+    if spec is None:
         return None
     if isinstance(choice, MPOExpertSite | AsymmetricExpertSite):
-        rows = _rows(run, site) * site.top_k
         experts = local_experts(run, site.num_experts)
-        return expert_site_plan(choice, site.spec, experts, rows, dtype, profile)
+        return expert_site_plan(choice, spec, experts, rows * site.top_k, dtype, profile)
     assert isinstance(choice, MPOSite | TTMSite)
+    if share.caches(site):
+        choice = replace(choice, plan="materialise", keep_weight=True)
     # Of a tied embedding the output layer is the one that costs: the transposed operator.
-    spec = site.spec.transposed() if site.family == "embedding" else site.spec
-    return site_plan(choice, spec, _rows(run, site), dtype, profile)
+    spec = spec.transposed() if site.family == "embedding" else spec
+    return site_plan(choice, spec, rows, dtype, profile)
 
 
 def local_experts(run: RunConfig, num_experts: int) -> int:
@@ -188,19 +217,12 @@ def local_experts(run: RunConfig, num_experts: int) -> int:
     return num_experts if num_experts % ranks else num_experts // ranks
 
 
-def _rows(run: RunConfig, site: Site) -> int:
-    """Return the rows of a micro-batch that meet a site, each counted once."""
-    return max(1, run.train.micro_batch_size * run.sample_lengths().of(site.stream))
-
-
-def _grouped_ratio(run: RunConfig, site: Site, rows: int, device: str) -> float:
+def _grouped_ratio(
+    run: RunConfig, site: Site, shape: tuple[int, int], rows: int, device: str
+) -> float:
     """Return the predicted time of as many small products as there are experts over one product."""
     experts = local_experts(run, site.num_experts)
-    shape, dtype, profile = (
-        (site.in_features, site.out_features),
-        run.engine.dtype,
-        PROFILES[device],
-    )
+    dtype, profile = run.engine.dtype, PROFILES[device]
     one = dense_cost(*shape, -(-rows // experts), dtype, profile).seconds
     return experts * one / dense_cost(*shape, rows, dtype, profile).seconds
 

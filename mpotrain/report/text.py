@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from mpotrain.report.grid_text import grid_lines, traffic_lines
 from mpotrain.report.mixtures import MixtureReport
 from mpotrain.report.sites import SiteReport
+from mpotrain.report.units import human_bytes
 from mpotrain.report.weigh import PlanReport
 
 
@@ -28,30 +30,16 @@ def render(report: PlanReport) -> str:
         f"  {part:<{width}} {size:>{max(31 - width, 10)},}" for part, size in report.by_part.items()
     ]
     lines += ["", *_site_lines(report.sites), ""]
+    if report.grid is not None:
+        lines += [*grid_lines(report.grid), ""]
     lines += [
         f"step              {report.tokens_per_step:,} tokens, "
-        f"{report.accumulation} micro-batch(es) on each rank",
+        f"{report.accumulation} micro-batch(es) on each {_kind_of_rank(report)}",
         f"FLOPs             {report.model_flops_per_token:.4g} per token (dense-equivalent), "
         f"{report.executed_flops_per_step:.4g} per step executed by the plans",
     ]
-    state, activations = report.state, report.activations
-    lines += [
-        f"memory per rank   {human_bytes(report.memory_per_rank)}",
-        f"  weights         {human_bytes(state.weights)}",
-        f"  masters         {human_bytes(state.masters)}",
-        f"  gradients       {human_bytes(state.gradients)}",
-        f"  moments         {human_bytes(state.moments)}",
-        f"  buffers         {human_bytes(state.buffers)}",
-        f"  on host         {human_bytes(state.on_host)} (not counted above)",
-        f"  activations     {human_bytes(activations.blocks)} kept by the blocks, "
-        f"{human_bytes(activations.output)} at the loss",
-        f"  in plans        {human_bytes(report.kept_by_plans)} kept, "
-        f"{human_bytes(report.transient)} short-lived",
-        f"traffic per step  {human_bytes(report.traffic.total)} sent by each rank "
-        f"({_traffic_parts(report)})",
-        f"checkpoint        {human_bytes(report.checkpoint_bytes)}",
-        "",
-    ]
+    lines += [*_memory_lines(report), *_traffic_lines(report)]
+    lines += [f"checkpoint        {human_bytes(report.checkpoint_bytes)}", ""]
     if report.mixtures is not None:
         lines += [*_mixture_lines(report.mixtures), ""]
     lines += [f"note: {note}" for note in report.notes]
@@ -60,6 +48,43 @@ def render(report: PlanReport) -> str:
     else:
         lines.append("no problems found")
     return "\n".join(lines)
+
+
+def _kind_of_rank(report: PlanReport) -> str:
+    return "rank" if report.grid is None else "data-parallel rank"
+
+
+def _memory_lines(report: PlanReport) -> list[str]:
+    state, activations, grid = report.state, report.activations, report.grid
+    whose = "" if grid is None else f" (of stage {grid.fullest}, the fullest)"
+    lines = [
+        f"memory per rank   {human_bytes(report.memory_per_rank)}{whose}",
+        f"  weights         {human_bytes(state.weights)}",
+        f"  masters         {human_bytes(state.masters)}",
+        f"  gradients       {human_bytes(state.gradients)}",
+        f"  moments         {human_bytes(state.moments)}",
+        f"  buffers         {human_bytes(state.buffers)}",
+    ]
+    if grid is None:
+        lines.append(f"  on host         {human_bytes(state.on_host)} (not counted above)")
+    if state.cache:
+        lines.append(f"  cached          {human_bytes(state.cache)} of matrices and gradients")
+    return [
+        *lines,
+        f"  activations     {human_bytes(activations.blocks)} kept by the blocks, "
+        f"{human_bytes(activations.output)} at the loss",
+        f"  in plans        {human_bytes(report.kept_by_plans)} kept, "
+        f"{human_bytes(report.transient)} short-lived",
+    ]
+
+
+def _traffic_lines(report: PlanReport) -> list[str]:
+    if report.grid is not None:
+        return traffic_lines(report.grid)
+    return [
+        f"traffic per step  {human_bytes(report.traffic.total)} sent by each rank "
+        f"({_traffic_parts(report)})"
+    ]
 
 
 def _traffic_parts(report: PlanReport) -> str:
@@ -130,15 +155,3 @@ def _site_facts(site: SiteReport) -> list[str]:
     if facts:
         facts.append(f"predicted time {site.time_ratio:.2f} x dense")
     return facts
-
-
-def human_bytes(count: int) -> str:
-    """Return a number of bytes with a binary unit, three significant digits."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            if unit == "B":
-                return f"{count} B"
-            return f"{value:.0f} {unit}" if value >= 999.5 else f"{value:.3g} {unit}"
-        value /= 1024
-    return f"{value:.3g} TiB"

@@ -9,12 +9,15 @@ from typing import Any
 
 from mpotrain.config import RunConfig, vocabulary_problem
 from mpotrain.data.manifest import MANIFEST_NAME, read_manifest
+from mpotrain.engine.megatron.config import MegatronConfig
+from mpotrain.engine.megatron.traffic import GridTraffic
 from mpotrain.engine.memory import StateMemory, StepTraffic, state_memory, step_traffic
 from mpotrain.errors import MpotrainError
 from mpotrain.models.activations import ActivationMemory, activation_memory
 from mpotrain.models.network import ROUTER
 from mpotrain.models.sites import ParameterInfo
 from mpotrain.parallel.plan import batch_layout
+from mpotrain.report.grid import GridReport, grid_report
 from mpotrain.report.mixtures import MixtureReport, expert_sizes, mixture_report
 from mpotrain.report.sites import SiteReport, site_reports
 from mpotrain.tensor.device import BYTES, PROFILES
@@ -46,6 +49,8 @@ class PlanReport:
         traffic: bytes a rank sends in a step.
         checkpoint_bytes: size of one checkpoint.
         mixtures: of experts; None without any.
+        grid: ranks and stages of the Megatron engine, of which the fullest stage's memory and the
+            busiest one's traffic stand above; None under another engine.
         problems: why the run cannot start; empty when it can.
         notes: what could not be checked.
     """
@@ -68,9 +73,10 @@ class PlanReport:
     activations: ActivationMemory
     kept_by_plans: int
     transient: int
-    traffic: StepTraffic
+    traffic: StepTraffic | GridTraffic
     checkpoint_bytes: int
     mixtures: MixtureReport | None = None
+    grid: GridReport | None = None
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -90,6 +96,7 @@ class PlanReport:
             strict=True,
         ):
             plain["total"] = layout.total
+        data["grid"] = None if self.grid is None else self.grid.to_json()
         data["memory_per_rank"] = self.memory_per_rank
         data["compression"] = self.dense_num_parameters / self.num_parameters
         return data
@@ -110,15 +117,16 @@ def weigh(run: RunConfig, world_size: int = 1, device: str | None = None) -> Pla
     model, train = run.model, run.train
     device = _profile(run, device)
     data_problems, notes = _data_problems(run)
-    accumulation = _accumulation(run, world_size)
+    accumulation = _accumulation(run, run.parallel.data_ranks(world_size))
     sizes = [parameter.size for parameter in model.parameters()]
     lengths = run.sample_lengths()
-    sites = site_reports(run, device)
+    sites = site_reports(run, device, accumulation)
+    grid = grid_report(run, world_size, accumulation, sites)
     num_tokens = train.global_batch_size * lengths.inputs
     passes = 8 if model.activation_checkpointing else 6
     beside_sites = model.attention_flops(lengths) + model.adapter_flops(lengths)
     beside_sites = passes * beside_sites * train.global_batch_size // 6
-    experts = expert_sizes(run, world_size)
+    costs = _costs(run, world_size, accumulation, sites, grid)
     buffers = sum(buffer.size for buffer in model.buffers())
     return PlanReport(
         name=run.name,
@@ -136,18 +144,58 @@ def weigh(run: RunConfig, world_size: int = 1, device: str | None = None) -> Pla
         accumulation=accumulation,
         model_flops_per_token=model.flops_per_token(run.sample_lengths()),
         executed_flops_per_step=sum(s.flops_per_step for s in sites) + beside_sites,
-        state=state_memory(run.engine, sizes, world_size, experts),
-        activations=activation_memory(
-            model, lengths, train.micro_batch_size, BYTES[run.engine.dtype]
-        ),
-        kept_by_plans=sum(site.kept_bytes for site in sites),
+        state=costs.state,
+        activations=costs.activations,
+        kept_by_plans=costs.kept_by_plans,
         transient=max(site.transient_bytes for site in sites),
-        traffic=step_traffic(run.engine, sizes, world_size, accumulation, experts),
+        traffic=costs.traffic,
         checkpoint_bytes=12 * sum(sizes) + 4 * buffers,
         mixtures=mixture_report(run, world_size, accumulation),
+        grid=grid,
         problems=run.problems(world_size) + data_problems,
-        notes=notes + _capacity_notes(run),
+        notes=notes + _capacity_notes(run) + _grid_notes(run, grid),
     )
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """What the fullest and the busiest rank need."""
+
+    state: StateMemory
+    activations: ActivationMemory
+    kept_by_plans: int
+    traffic: StepTraffic | GridTraffic
+
+
+def _costs(
+    run: RunConfig,
+    world_size: int,
+    accumulation: int,
+    sites: list[SiteReport],
+    grid: GridReport | None,
+) -> _Costs:
+    if grid is not None:
+        fullest = grid.stages[grid.fullest]
+        traffic = grid.stages[grid.busiest].traffic
+        return _Costs(fullest.state, fullest.activations, fullest.kept_by_plans, traffic)
+    sizes = [parameter.size for parameter in run.model.parameters()]
+    experts = expert_sizes(run, world_size)
+    width, samples = BYTES[run.engine.dtype], run.train.micro_batch_size
+    return _Costs(
+        state_memory(run.engine, sizes, world_size, experts),
+        activation_memory(run.model, run.sample_lengths(), samples, width),
+        sum(site.kept_bytes for site in sites),
+        step_traffic(run.engine, sizes, world_size, accumulation, experts),
+    )
+
+
+def _grid_notes(run: RunConfig, grid: GridReport | None) -> list[str]:
+    if grid is not None or not isinstance(run.engine, MegatronConfig):
+        return []
+    return [
+        "parallel: the degrees do not divide the world, so memory and traffic above are those of a "
+        "rank that holds the whole network"
+    ]
 
 
 def _capacity_notes(run: RunConfig) -> list[str]:

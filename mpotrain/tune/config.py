@@ -10,7 +10,7 @@ from pydantic import Field
 
 from mpotrain.checkpoint.config import CheckpointConfig
 from mpotrain.config_file import validate
-from mpotrain.engine.config import EngineConfig, LocalConfig, expert_problems
+from mpotrain.engine.config import EngineConfig, LocalConfig, expert_problems, uncut_problems
 from mpotrain.engine.config import problems as engine_problems
 from mpotrain.errors import ConfigError
 from mpotrain.layered_toml import read_layers
@@ -157,8 +157,15 @@ class TuneConfig:
             *self.checkpoint.problems("checkpoint"),
             *self.parallel.problems("parallel"),
             *engine_problems(self.engine, world_size, "engine"),
+            *uncut_problems(self.engine, self.parallel),
             *expert_problems(self.engine, self.parallel.expert, None, world_size),
         ]
+        if self.engine.kind == "megatron":
+            found.append(
+                'engine.kind: "megatron", but that engine cuts the networks of pretraining into '
+                "matrices and stages, and not an encoder with a classifier; fine-tune with "
+                'engine.kind="deepspeed" or "local"'
+            )
         if not 0 <= self.dropout < 1:
             found.append(f"dropout: must be in [0, 1), is {self.dropout}")
         if world_size is not None:

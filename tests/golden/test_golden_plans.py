@@ -20,6 +20,8 @@ def test_plan_text(
     monkeypatch.chdir(tmp_path)  # where no data are prepared
     run = load_config(path)
     world = 1 if run.engine.kind == "local" else 8 if path.stem.startswith("gpt2-small") else 4
+    if run.parallel.data is not None:
+        world = run.parallel.data * run.parallel.model_ranks
     text = render(weigh(run, world)) + "\n"
     golden = GOLDEN / f"{path.stem}.txt"
     if update_golden:

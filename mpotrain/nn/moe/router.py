@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mpotrain.nn.moe.config import RouterConfig
+from mpotrain.nn.moe.token_sums import TokenSums
 
 
 @dataclass(frozen=True)
@@ -38,67 +39,51 @@ class Routing:
     statistics: dict[str, Tensor]
 
 
-class Router(nn.Module):
-    """Linear scores, softmax, and the k most probable experts.
+class ExpertChoice(nn.Module):
+    """What a router does with its scores: everything but the weights that they come from.
 
     Attributes:
-        weight: parameter (E, H).
-        bias: parameter (E,) or None.
         balance: buffer (E,), fp32: what is added to the probabilities for the choice alone (Wang
             et al. 2024, arXiv 2408.15664); None without `balance_rate`.
         keeps_all: drop no token whatever the capacity; set for generation, where the token that
             counts is the newest and would be the first to be dropped.
     """
 
-    bias: nn.Parameter | None
     balance: Tensor | None
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_experts: int,
-        config: RouterConfig,
-        *,
-        std: float,
-        generator: torch.Generator | None = None,
-    ) -> None:
+    def __init__(self, num_experts: int, config: RouterConfig) -> None:
         super().__init__()
         self.num_experts, self.config = num_experts, config
         self.keeps_all = False
-        weight = torch.empty(num_experts, hidden_size)
-        self.weight = nn.Parameter(weight.normal_(0.0, std, generator=generator))
-        self.register_parameter(
-            "bias", nn.Parameter(torch.zeros(num_experts)) if config.bias else None
-        )
         balanced = config.balance_rate > 0
         self.register_buffer("balance", torch.zeros(num_experts) if balanced else None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the scores (N, E) of all experts for the tokens x (N, H), fp32.
+    def score(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the scores (.., E) of all experts for the tokens x (.., H), fp32.
 
-        All that the parameters do; ZeRO-3 gathers weights around calls whose results are tensors.
+        Args:
+            x: tokens.
+            weight: (E, H).
+            bias: (E,), or None.
         """
         dtype = torch.promote_types(torch.float32, x.dtype)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return functional.linear(self._jittered(x.to(dtype)), self.weight.to(dtype), bias)
+        bias = None if bias is None else bias.to(dtype)
+        return functional.linear(self._jittered(x.to(dtype)), weight.to(dtype), bias)
 
     def route(self, scores: Tensor) -> Routing:
         """Choose the experts of the tokens with these scores (N, E)."""
-        dtype = scores.dtype
         logs = functional.log_softmax(scores, dim=-1)
-        probabilities = logs.exp()
-        experts = self._choose(probabilities.detach())
+        experts = self._choose(logs.detach().exp())
         loads = _loads(experts, self.num_experts)
         kept = self._within_capacity(experts, loads)
-        share = loads.to(dtype) / experts.numel()
-        balance_loss = self.num_experts * torch.dot(share, probabilities.mean(0))
-        z_loss = scores.logsumexp(-1).square().mean()
+        sums = self._of_micro_batch(TokenSums.of(scores, logs, loads, kept))
+        top_k = self.config.top_k
         return Routing(
             experts=experts,
             gates=self._gates(logs.gather(1, experts)),
             kept=kept,
-            auxiliary_loss=self._weighted(balance_loss, z_loss),
-            statistics=_statistics(loads, kept, experts, logs, balance_loss, z_loss),
+            auxiliary_loss=self._weighted(sums.balance_loss(top_k), sums.z_loss()),
+            statistics=sums.statistics(top_k),
         )
 
     @torch.no_grad()
@@ -121,10 +106,6 @@ class Router(nn.Module):
             )
         loads = expert_tokens.to(self.balance.device, torch.float64)
         self.balance += self.config.balance_rate * torch.sign(loads.mean() - loads).float()
-
-    def extra_repr(self) -> str:
-        """Describe the router in `print(model)`."""
-        return f"{self.weight.shape[1]} -> top {self.config.top_k} of {self.num_experts}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # An engine that casts the model to bf16 must not touch the selection biases: their step
@@ -190,11 +171,53 @@ class Router(nn.Module):
             total = total + self.config.z_loss * z_loss
         return total
 
+    def _of_micro_batch(self, sums: TokenSums) -> TokenSums:
+        """Return the sums over all tokens of the micro-batch; here there are no others."""
+        return sums
+
+
+class Router(ExpertChoice):
+    """Linear scores, softmax, and the k most probable experts.
+
+    Attributes:
+        weight: parameter (E, H).
+        bias: parameter (E,) or None.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        config: RouterConfig,
+        *,
+        std: float,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(num_experts, config)
+        weight = torch.empty(num_experts, hidden_size)
+        self.weight = nn.Parameter(weight.normal_(0.0, std, generator=generator))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.zeros(num_experts)) if config.bias else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the scores (N, E) of all experts for the tokens x (N, H), fp32.
+
+        All that the parameters do; ZeRO-3 gathers weights around calls whose results are tensors.
+        """
+        return self.score(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Describe the router in `print(model)`."""
+        return f"{self.weight.shape[1]} -> top {self.config.top_k} of {self.num_experts}"
+
 
 def keep_all_tokens(model: nn.Module) -> None:
     """Let no router of `model` drop a token from here on."""
     for module in model.modules():
-        if isinstance(module, Router):
+        if isinstance(module, ExpertChoice):
             module.keeps_all = True
 
 
@@ -202,28 +225,3 @@ def _loads(experts: Tensor, num_experts: int) -> Tensor:
     """Return how many pairs chose each expert, int64 (E,), without atomics or a host round trip."""
     numbers = torch.arange(num_experts, device=experts.device)
     return (experts.reshape(-1, 1) == numbers).sum(0)
-
-
-@torch.no_grad()
-def _statistics(
-    loads: Tensor,
-    kept: Tensor | None,
-    experts: Tensor,
-    logs: Tensor,
-    balance_loss: Tensor,
-    z_loss: Tensor,
-) -> dict[str, Tensor]:
-    """Return the sums of a micro-batch that engines add up, see `MixtureOfExperts`."""
-    num_tokens, top_k = experts.shape
-    count = loads.new_full((), num_tokens, dtype=torch.float32)
-    dropped = torch.zeros_like(count) if kept is None else (~kept).sum()
-    sums = {
-        "expert_tokens": loads,
-        "dropped": dropped,
-        "routed": count * top_k,
-        "balance_loss": balance_loss * num_tokens,
-        "z_loss": z_loss * num_tokens,
-        "router_entropy": -(logs.exp() * logs).sum(),
-        "tokens": count,
-    }
-    return {name: value.detach().float() for name, value in sums.items()}

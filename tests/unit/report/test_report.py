@@ -9,7 +9,8 @@ import pytest
 from mpotrain.config import load_config
 from mpotrain.engine.config import DeepSpeedConfig, LocalConfig
 from mpotrain.engine.memory import state_memory, step_traffic
-from mpotrain.report.text import human_bytes, render
+from mpotrain.report.text import render
+from mpotrain.report.units import human_bytes
 from mpotrain.report.weigh import weigh
 
 RUNS = Path(__file__).resolve().parents[3] / "configs" / "runs"

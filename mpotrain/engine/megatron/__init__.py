@@ -1,0 +1,1 @@
+"""The Megatron engine: tensor, sequence, pipeline, context and expert parallelism."""
