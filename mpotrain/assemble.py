@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import torch
 from torch import nn
@@ -90,7 +91,10 @@ def _megatron_engine(
     from mpotrain.engine.megatron import cpu
 
     cpu.install()  # before megatron-core is imported; does nothing where there is CUDA
-    from mpotrain.engine.megatron.engine import MegatronEngine
+    with warnings.catch_warnings():
+        # It tells of every optional package that is not there, from every rank.
+        warnings.simplefilter("ignore")
+        from mpotrain.engine.megatron.engine import MegatronEngine
 
     assert isinstance(run, RunConfig)  # fine-tuning refuses this engine
     return MegatronEngine(

@@ -104,7 +104,7 @@ class RunConfig:
         if isinstance(self.engine, MegatronConfig) and not sections:
             # Sizes that are wrong in themselves would be wrong once more for every degree.
             found += megatron_problems(self._layout(world_size))
-            found += self._optimizer_problems(self.engine)
+            found += self._update_problems(self.engine)
         found += self._expert_problems(self.model.moe, world_size)
         if world_size is not None:
             found += batch_problems(
@@ -126,13 +126,24 @@ class RunConfig:
             world_size=world_size,
         )
 
-    def _optimizer_problems(self, engine: MegatronConfig) -> list[str]:
+    def _update_problems(self, engine: MegatronConfig) -> list[str]:
+        found, mask = [], self.train.central_mask
+        if mask.probability > 0 and mask.granularity == "element":
+            chunks = self.parallel.virtual_pipeline
+            if chunks > 1:
+                found.append(
+                    f'train.central_mask.granularity: "element", but with {chunks} chunks on a '
+                    "stage (parallel.virtual_pipeline) a rank may hold several copies of a tensor, "
+                    'whose elements would rest apart; use granularity="tensor", or '
+                    "parallel.virtual_pipeline=1"
+                )
         if self.train.optimizer.kind != "lamb" or not engine.distributed_optimizer:
-            return []
+            return found
         return [
+            *found,
             "engine.distributed_optimizer: true, but LAMB takes norms of whole layers, which "
             "Megatron-core's distributed optimizer cuts over data-parallel ranks without regard to "
-            'layers; set engine.distributed_optimizer=false, or train.optimizer.kind="adamw"'
+            'layers; set engine.distributed_optimizer=false, or train.optimizer.kind="adamw"',
         ]
 
     def _objective_problems(self) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
@@ -18,7 +18,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor, nn
 
 from mpotrain.engine.megatron.core_attention import FusedCoreAttention
-from mpotrain.engine.megatron.layers import column_linear, row_linear
+from mpotrain.engine.megatron.layers import ColumnLinear, column_linear, row_linear
 from mpotrain.engine.megatron.sources import AttentionSource, LinearSource
 
 CoreBuilder = Callable[..., nn.Module]
@@ -79,7 +79,9 @@ class Projections(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Map x (s, B, H) to one (T, B, local heads, head size) for each part."""
-        outputs = [layer(x)[0] for layer in self.layers]
+        first = cast("ColumnLinear", self.layers[0])
+        entered = first.enter(x)
+        outputs = [layer(entered)[0] for layer in self.layers]
         each = self.num_parts // len(outputs)
         parts: list[Tensor] = []
         for y in outputs:

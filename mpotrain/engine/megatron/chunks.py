@@ -18,6 +18,7 @@ from mpotrain.engine.megatron.feature_cuts import feature_periods
 from mpotrain.engine.megatron.gpt import build_gpt
 from mpotrain.engine.megatron.gpt_sources import gpt2_layer
 from mpotrain.engine.megatron.holdings import Place, copied_names, held_names
+from mpotrain.engine.megatron.kernels import Kernels, choose_kernels
 from mpotrain.engine.megatron.placement import placement_of
 from mpotrain.engine.megatron.seq2seq import build_t5
 from mpotrain.engine.megatron.settings import transformer_config
@@ -70,7 +71,10 @@ def build_chunks(
             first.setdefault(name, place)
     cache = StepCache() if engine.cache_weights else None
     config = transformer_config(model, engine, parallel, on_cuda=device.type == "cuda")
-    modules = [_build(model, config, parallel, place, held, device, cache) for place in places]
+    kernels = choose_kernels(engine.extensions, config)
+    modules = [
+        _build(model, config, parallel, place, held, device, cache, kernels) for place in places
+    ]
     copied = copied_names(held)
     return Chunks(modules, {name: first[name] for name in copied}, places, cache, config)
 
@@ -83,6 +87,7 @@ def _build(
     held: dict[Place, set[str]],
     device: torch.device,
     cache: StepCache | None,
+    kernels: Kernels,
 ) -> nn.Module:
     slots = Slots(
         {p.name: Whole(p.shape, Role(p.role), p.num_experts) for p in model.parameters()},
@@ -95,7 +100,7 @@ def _build(
     periods = feature_periods(model, parallel.tensor, parallel.expert_tensor)
     chunk: nn.Module
     if isinstance(model, T5Config):
-        chunk = build_t5(model, config, slots, cache=cache)
+        chunk = build_t5(model, config, slots, cache=cache, kernels=kernels)
     else:
         layers = chunk_layers(model.num_layers, parallel.pipeline, parallel.virtual_pipeline)
         is_first, is_last = place == order[0], place == order[-1]
@@ -104,13 +109,13 @@ def _build(
             sources = {n: layer_source(model, n, slots, periods, cache) for n in layers[place]}
             chunk = build_encoder(
                 model, config, slots, sources,
-                pre_process=is_first, post_process=is_last, vp_stage=vp_stage,
+                pre_process=is_first, post_process=is_last, vp_stage=vp_stage, kernels=kernels,
             )  # fmt: skip
         else:
             sources = {n: gpt2_layer(model, n, slots, periods, cache) for n in layers[place]}
             chunk = build_gpt(
                 model, config, slots, sources,
-                pre_process=is_first, post_process=is_last, vp_stage=vp_stage,
+                pre_process=is_first, post_process=is_last, vp_stage=vp_stage, kernels=kernels,
             )  # fmt: skip
     _check_names(chunk.parameters(), held[place])
     return chunk

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mpotrain.batch import NO_PAIR, Batch
 from mpotrain.engine.megatron.encoder_ends import EncoderEmbedding, EncoderHead
+from mpotrain.engine.megatron.kernels import NO_KERNELS, Kernels
 from mpotrain.engine.megatron.layer import layer_spec
 from mpotrain.engine.megatron.micro import Micro, positions_of_rank
 from mpotrain.engine.megatron.slots import Slots
@@ -134,6 +135,7 @@ def build_encoder(
     pre_process: bool,
     post_process: bool,
     vp_stage: int | None,
+    kernels: Kernels = NO_KERNELS,
 ) -> EncoderChunk:
     """Build a chunk; parameters are zeros until an engine loads them.
 
@@ -145,10 +147,11 @@ def build_encoder(
         pre_process: whether the chunk embeds tokens.
         post_process: whether it computes the loss.
         vp_stage: its number among the chunks of the stage; None where there is one.
+        kernels: compute parts of the layers in place of PyTorch.
     """
     block = TransformerBlock(
         config,
-        TransformerBlockSubmodules(layer_specs=[layer_spec(layers[n]) for n in layers]),
+        TransformerBlockSubmodules([layer_spec(layers[n], kernels) for n in layers]),
         post_layer_norm=False,
         pre_process=pre_process,
         post_process=post_process,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpotrain.engine.megatron.adam import counts_in_groups
 from mpotrain.engine.state import fresh_adam_state
 
 _WORLD_TENSORS = ("param", "exp_avg", "exp_avg_sq")
@@ -58,12 +59,8 @@ def repair_optimizer(optimizer: Any) -> None:
 
 
 def _counts_per_parameter(inner: torch.optim.Optimizer) -> bool:
-    """Return whether an optimizer keeps the moments and the counter of Adam with each parameter.
-
-    The `FusedAdam` of transformer-engine and apex, the ones with an option `bias_correction`, count
-    in their groups.
-    """
-    return "betas" in inner.defaults and "bias_correction" not in inner.defaults
+    """Return whether an optimizer keeps the moments and the counter of Adam with each parameter."""
+    return "betas" in inner.defaults and not counts_in_groups(inner)
 
 
 def _with_padded_buckets(stock: Any) -> Any:

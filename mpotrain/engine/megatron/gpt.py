@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from mpotrain.batch import Batch
 from mpotrain.engine.megatron.gpt_sources import norm_source
+from mpotrain.engine.megatron.kernels import NO_KERNELS, Kernels
 from mpotrain.engine.megatron.layer import layer_spec
 from mpotrain.engine.megatron.micro import Micro, positions_of_rank
 from mpotrain.engine.megatron.norm import norm
@@ -70,6 +71,7 @@ class GPTChunk(MegatronModule):  # type: ignore[misc]
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None,
+        kernels: Kernels,
     ) -> None:
         super().__init__(config=config)
         self.model, self.vp_stage = model, vp_stage
@@ -82,7 +84,7 @@ class GPTChunk(MegatronModule):  # type: ignore[misc]
             self.position_embedding = PositionTable(slots, "position_embedding")
         self.decoder = TransformerBlock(
             config,
-            TransformerBlockSubmodules(layer_specs=[layer_spec(layers[n]) for n in layers]),
+            TransformerBlockSubmodules([layer_spec(layers[n], kernels) for n in layers]),
             post_layer_norm=False,
             pre_process=pre_process,
             post_process=post_process,
@@ -90,7 +92,7 @@ class GPTChunk(MegatronModule):  # type: ignore[misc]
         )
         if post_process:
             self.final_norm = build_module(
-                norm(norm_source(slots, "final_norm")),
+                norm(norm_source(slots, "final_norm"), kernels.norm),
                 config=config,
                 hidden_size=model.hidden_size,
                 eps=config.layernorm_epsilon,
@@ -168,9 +170,22 @@ def build_gpt(
     pre_process: bool,
     post_process: bool,
     vp_stage: int | None,
+    kernels: Kernels = NO_KERNELS,
 ) -> GPTChunk:
-    """Build a chunk; parameters are zeros until an engine loads them."""
+    """Build a chunk; parameters are zeros until an engine loads them.
+
+    Args:
+        model: the network.
+        config: of megatron-core's modules.
+        slots: makes the parameters.
+        layers: sources of its layers by number, in their order.
+        pre_process: whether the chunk embeds tokens.
+        post_process: whether it computes the loss.
+        vp_stage: its number among the chunks of the stage; None where there is one.
+        kernels: compute parts of the layers in place of PyTorch.
+    """
     return GPTChunk(
         model, config, slots, layers,
         pre_process=pre_process, post_process=post_process, vp_stage=vp_stage,
+        kernels=kernels,
     )  # fmt: skip

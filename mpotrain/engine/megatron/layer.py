@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from mpotrain.engine.megatron.attention import CoreBuilder, cross_attention, self_attention
+from mpotrain.engine.megatron.attention import cross_attention, self_attention
 from mpotrain.engine.megatron.feed_forward import feed_forward
+from mpotrain.engine.megatron.kernels import NO_KERNELS, Kernels
 from mpotrain.engine.megatron.micro import Micro
 from mpotrain.engine.megatron.mixture import mixture_layer
 from mpotrain.engine.megatron.norm import norm
@@ -156,28 +157,28 @@ def _feed_forward(
     return build_module(feed_forward(source.ffn), config=config)
 
 
-def layer_spec(source: LayerSource, core: CoreBuilder | None = None) -> ModuleSpec:
+def layer_spec(source: LayerSource, kernels: Kernels = NO_KERNELS) -> ModuleSpec:
     """Return the specification of a layer.
 
     Args:
         source: what the layer is made of.
-        core: builds its core attentions; None = PyTorch's kernels.
+        kernels: compute parts of it in place of PyTorch.
     """
     crosses: dict[str, ModuleSpec] = {}
     if source.cross_attention is not None:
         if source.norm_cross is None:
             raise ValueError("a layer with cross-attention has a norm for it")
         crosses = {
-            "pre_cross_attn_layernorm": norm(source.norm_cross),
-            "cross_attention": cross_attention(source.cross_attention, core),
+            "pre_cross_attn_layernorm": norm(source.norm_cross, kernels.norm),
+            "cross_attention": cross_attention(source.cross_attention, kernels.core),
         }
     return ModuleSpec(
         LogicalLayer,
         params={"source": source},
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm(source.norm_1),
-            self_attention=self_attention(source.attention, core),
-            pre_mlp_layernorm=norm(source.norm_2),
+            input_layernorm=norm(source.norm_1, kernels.norm),
+            self_attention=self_attention(source.attention, kernels.core),
+            pre_mlp_layernorm=norm(source.norm_2, kernels.norm),
             mlp=IdentityOp,
             **crosses,
         ),

@@ -10,15 +10,9 @@ over the ranks' columns of D, or over their rows of U.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import torch
 from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
@@ -26,6 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch import Tensor
 
+from mpotrain.engine.megatron.entry import Entered
 from mpotrain.engine.megatron.matrices import RankSide, rank_matrix
 from mpotrain.engine.megatron.periods import Side
 from mpotrain.engine.megatron.slots import LogicalModule
@@ -177,18 +172,24 @@ class ColumnLinear(ParallelLinear):
             raise ValueError(f"{kwargs['source'].site.name}: gather_output is not for this layer")
         super().__init__(input_size, output_size, **kwargs)
 
-    def forward(self, x: Tensor) -> Output:
-        """Map x (S, B, I), with sequence parallelism (S/ranks, B, I), to (S, B, J/ranks)."""
-        bias = self._bias(x)
-        added = None if self.skip_bias_add else bias
-        if self.sequence_parallel:
-            whole = gather_from_sequence_parallel_region(x, group=self.tp_group)
-            with _keep_part(whole, x, self.tp_group):
-                y = self._multiply(whole, added)
-        elif self.is_parallel:
-            y = self._multiply(copy_to_tensor_model_parallel_region(x, group=self.tp_group), added)
-        else:
-            y = self._multiply(x, added)
+    def enter(self, x: Tensor) -> Entered:
+        """Let an input come in that this layer and others like it read.
+
+        Args:
+            x: (S, B, I), with sequence parallelism (S/ranks, B, I).
+        """
+        return Entered(x, self.tp_group, is_split=self.sequence_parallel)
+
+    def forward(self, x: Tensor | Entered) -> Output:
+        """Map x (S, B, I), with sequence parallelism (S/ranks, B, I), to (S, B, J/ranks).
+
+        Args:
+            x: hidden states, or what `enter` made of them for several layers.
+        """
+        entered = x if isinstance(x, Entered) else self.enter(x)
+        bias = self._bias(entered.whole)
+        with entered.kept():
+            y = self._multiply(entered.whole, None if self.skip_bias_add else bias)
         return y, (bias if self.skip_bias_add else None)
 
 
@@ -225,33 +226,3 @@ class RowLinear(ParallelLinear):
         if self.skip_bias_add or bias is None:
             return y, bias
         return y + bias, None
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """What is kept of a gathered tensor: the rank's part, and the shape in which it was saved."""
-
-    part: Tensor
-    shape: torch.Size
-
-
-@contextmanager
-def _keep_part(whole: Tensor, part: Tensor, group: Any) -> Iterator[None]:
-    """Let autograd keep the rank's part of a gathered tensor, and gather it again in backward.
-
-    As in Megatron-core's layers: activations that are split over the ranks stay split.
-    """
-    address, size, kept = whole.data_ptr(), whole.numel(), part.detach()
-
-    def pack(saved: Tensor) -> Tensor | _Kept:
-        is_whole = saved.data_ptr() == address and saved.numel() == size and saved.is_contiguous()
-        return _Kept(kept, saved.shape) if is_whole else saved
-
-    def unpack(saved: Tensor | _Kept) -> Tensor:
-        if isinstance(saved, Tensor):
-            return saved
-        again: Tensor = gather_from_sequence_parallel_region(saved.part, group=group)
-        return again.view(saved.shape)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield

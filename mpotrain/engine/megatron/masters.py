@@ -19,6 +19,7 @@ from megatron.core.optimizer.optimizer import (
 from torch import Tensor, nn
 
 from mpotrain.engine.fragment import Fragment
+from mpotrain.engine.megatron.adam import build_inner
 from mpotrain.engine.megatron.config import MegatronConfig
 from mpotrain.engine.megatron.fixes import repair_optimizer
 from mpotrain.engine.megatron.placement import Placement, placement_of
@@ -103,7 +104,8 @@ class Optimizers:
         """Build them like an optimizer of the whole network.
 
         Args:
-            reference: optimizer over whole parameters; its class and groups are taken over.
+            reference: optimizer over whole parameters; its class and groups are taken over, or
+                those of a fused Adam that updates as it does.
             names: logical names of the reference's parameters by their id.
             chunks: of this rank, wrapped.
             config: the engine section.
@@ -123,7 +125,7 @@ class Optimizers:
         for is_expert in (False, True):
             groups = self._groups(reference, names, is_expert=is_expert)
             if any(group["params"] for group in groups):
-                inner = type(reference)(groups, lr=0.0)  # type: ignore[call-arg]
+                inner = build_inner(reference, groups, config.extensions)
                 optimizer = self._wrap(inner, settings, is_expert=is_expert)
                 repair_optimizer(optimizer)
                 self.core.append(optimizer)

@@ -28,6 +28,7 @@ from torch.nn import functional
 from mpotrain.batch import Batch
 from mpotrain.engine.megatron.feature_cuts import feature_periods
 from mpotrain.engine.megatron.head_bias import HeadBias, memory_terms, self_terms
+from mpotrain.engine.megatron.kernels import NO_KERNELS, Kernels
 from mpotrain.engine.megatron.layer import layer_spec
 from mpotrain.engine.megatron.micro import Micro
 from mpotrain.engine.megatron.norm import norm
@@ -199,6 +200,7 @@ def build_t5(
     slots: Slots,
     *,
     cache: StepCache | None = None,
+    kernels: Kernels = NO_KERNELS,
 ) -> T5Chunk:
     """Build the chunk; all parameters are zeros until an engine loads them.
 
@@ -207,8 +209,11 @@ def build_t5(
         transformer_config: of megatron-core's modules, see `settings.transformer_config`.
         slots: makes the parameters.
         cache: of the rebuilt matrices of a step; None = every pass rebuilds them.
+        kernels: compute parts of the layers in place of PyTorch; attentions always have terms on
+            their scores here, so PyTorch computes these.
     """
     model, config = model_config, transformer_config
+    kernels = replace(kernels, core=None)
     ranks = config.tensor_model_parallel_size
     periods = feature_periods(model, ranks, config.expert_tensor_parallel_size)
     sources = T5Sources(model, slots, periods, cache=cache)
@@ -229,8 +234,8 @@ def build_t5(
             # Megatron-core knows one depth for each configuration.
             replace(config, num_layers=depth),
             TransformerBlockSubmodules(
-                layer_specs=[layer_spec(source) for source in sources.layers(stack)],
-                layer_norm=norm(sources.norm(f"{stack}.final_norm")),
+                layer_specs=[layer_spec(source, kernels) for source in sources.layers(stack)],
+                layer_norm=norm(sources.norm(f"{stack}.final_norm"), kernels.norm),
             ),
         )
     return T5Chunk(model, config, slots, blocks, tables)

@@ -58,6 +58,8 @@ def transformer_config(
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
+        # Nothing is captured; core's own default is one that it warns of.
+        cuda_graph_scope=[],
         # Batched exchanges of the interleaved schedule on two stages mix up the two messages
         # between the same pair of ranks, and training goes wrong without a word.
         overlap_p2p_comm=virtual is not None,

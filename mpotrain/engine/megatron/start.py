@@ -5,7 +5,11 @@ from __future__ import annotations
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from mpotrain.errors import ParallelError
 from mpotrain.parallel.plan import ParallelConfig
+
+_started: list[ParallelConfig] = []
+"""Degrees of the engines that live in this process: megatron-core has one set of groups."""
 
 
 def start_megatron(parallel: ParallelConfig, seed: int = 1) -> None:
@@ -14,7 +18,29 @@ def start_megatron(parallel: ParallelConfig, seed: int = 1) -> None:
     Args:
         parallel: the degrees; they divide the world.
         seed: of the random streams, until a step sets its own.
+
+    Raises:
+        ParallelError: another engine of this process has other degrees.
     """
+    if _started and _started[-1] != parallel:
+        raise ParallelError(
+            f"an engine with {_started[-1]} lives in this process, and megatron-core has one set "
+            f"of groups: close it before one with {parallel} is built"
+        )
+    if not _started:
+        _initialize(parallel)
+    _started.append(parallel)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def stop_megatron() -> None:
+    """Let the groups go with the last engine that uses them; the world stays."""
+    _started.pop()
+    if not _started:
+        parallel_state.destroy_model_parallel()
+
+
+def _initialize(parallel: ParallelConfig) -> None:
     virtual = parallel.virtual_pipeline
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
@@ -24,9 +50,3 @@ def start_megatron(parallel: ParallelConfig, seed: int = 1) -> None:
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
     )
-    model_parallel_cuda_manual_seed(seed)
-
-
-def stop_megatron() -> None:
-    """Give the groups back; the world stays."""
-    parallel_state.destroy_model_parallel()

@@ -6,9 +6,9 @@ micro-batch on a context-parallel rank, activations of w bytes and sums of gradi
 
 - tensor: a column-parallel matrix (I x J) all-reduces dx, T I w bytes, a row-parallel one y, T J w
   bytes; under sequence parallelism each gathers one way and reduce-scatters the other way, and a
-  column-parallel one, and its adapter, gathers x once more for the gradient of its weights. Layers
-  that are computed again in the backward pass repeat what their forward pass sent. Around the
-  layers: the embedding (T E w), the gradient of what scores are computed from, three numbers for
+  column-parallel one gathers x once more for the gradient of its weights. Matrices that read the
+  same x - queries, keys and values of one sequence - do so together. Layers that are computed again
+  in the backward pass repeat what their forward pass sent. Around the layers: the embedding (T E w), the gradient of what scores are computed from, three numbers for
   each row of the loss; under sequence parallelism one gather of the residual stream at each end.
 - partial: gradients of which each tensor-parallel rank has a part, all-reduced once per step; those
   that expert-tensor ranks have parts of, in every backward pass.
@@ -109,20 +109,23 @@ def _matrices(work: Work, sites: list[Site]) -> float:
 
 def _matrix(work: Work, site: Site) -> float:
     is_column = SIDES[site.key][1] == "out"
+    if is_column and not _is_entry(site):
+        return 0.0
     features = site.in_features if is_column else site.out_features
     message = work.tokens(work.lengths.of(site.stream)) * features * work.width
     once = gathered(work.parallel.tensor, message)
     again = work.model.activation_checkpointing and _is_repeated(work, site)
     if not work.splits_positions:
         return 2 * once * (2 if again and not is_column else 1)
-    reads = (2 if _has_adapter(work, site) else 1) if is_column else 0
-    return once * (2 + reads + (1 if again else 0))
+    return once * ((3 if is_column else 2) + (1 if again else 0))
 
 
-def _has_adapter(work: Work, site: Site) -> bool:
-    model = work.model
-    adapter = model.adapter if isinstance(model, EncoderConfig) else None
-    return adapter is not None and site.family in adapter.families
+def _is_entry(site: Site) -> bool:
+    """Return whether a column-parallel matrix is the first of those that read its input."""
+    if site.key == "sites.key":
+        # Of a sequence itself queries are made first; of what an encoder returned, none are.
+        return site.family.startswith("cross_")
+    return site.key != "sites.value"
 
 
 def _is_repeated(work: Work, site: Site) -> bool:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mpotrain.engine.base import MOMENTS, WEIGHT, StateReader, StateTensor
+from mpotrain.engine.megatron.adam import begin_groups, begin_state
 from mpotrain.engine.megatron.masters import Master
 from mpotrain.engine.megatron.placement import placement_of
-from mpotrain.engine.state import fresh_adam_state, host_copy, read_checked
+from mpotrain.engine.state import host_copy, read_checked
 from mpotrain.nn.roles import Role
 from mpotrain.parallel.ranks import World
 
@@ -98,6 +99,7 @@ class Transfer:
         }
         for optimizer in optimizers.values():
             optimizer.state.clear()
+            begin_groups(optimizer, num_updates, updates_of)
         for name, (shape, _) in self._wholes.items():
             if name not in self._parameters:
                 continue  # held by other stages
@@ -109,7 +111,8 @@ class Transfer:
                 state = {}
                 if num_updates:
                     group = groups[id(master.main)]
-                    state = fresh_adam_state(group, master.main, updates_of(group))
+                    count = updates_of(group)
+                    state = begin_state(master.optimizer, group, master.main, count)
                     master.optimizer.state[master.main] = state
                 for kind, tensor in tensors.items():
                     target = master.main if kind == WEIGHT else state[kind]

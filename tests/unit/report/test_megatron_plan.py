@@ -262,7 +262,8 @@ def test_ranks_together_execute_what_one_does() -> None:
 
 def test_plans_are_those_of_the_ranks_parts() -> None:
     pytest.importorskip("torch")
-    from mpotrain.engine.megatron.matrices import RankSide, _mode_cut, _spec_of_part
+    from mpotrain.engine.megatron.feature_cuts import RankPart
+    from mpotrain.engine.megatron.matrices import RankSide, _mode_cut
     from mpotrain.engine.megatron.sources import LinearSource
     from mpotrain.nn.config import site_plan
     from mpotrain.tensor.plan import PROFILES
@@ -275,7 +276,7 @@ def test_plans_are_those_of_the_ranks_parts() -> None:
     source = LinearSource(None, site, period)  # type: ignore[arg-type]
     rank = RankSide("in", 2, 0)
     assert site.spec is not None
-    part = _spec_of_part(site.spec, _mode_cut(source, site.spec, rank), rank)
+    part = RankPart(2, "in", _mode_cut(source, site.spec, rank)).spec(site.spec)
     executed = site_plan(site.choice, part, TOKENS, "fp32", PROFILES[report.device])  # type: ignore[arg-type]
     assert shown.time_ratio == executed.ratio
     assert shown.transient_bytes == executed.transient_bytes

@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 
 from mpotrain.config import RunConfig, load_config
-from mpotrain.engine.config import DeepSpeedConfig, LocalConfig, uncut_problems
+from mpotrain.engine.config import (
+    CentralMaskConfig,
+    DeepSpeedConfig,
+    LocalConfig,
+    uncut_problems,
+)
 from mpotrain.engine.megatron.config import MegatronConfig
 from mpotrain.errors import ConfigError
 from mpotrain.nn.config import MPOSite, TTMSite
@@ -315,6 +320,19 @@ def test_buckets() -> None:
 def test_lamb_takes_norms_of_whole_layers() -> None:
     assert only(run("mpobert-48")).startswith("engine.distributed_optimizer: true, but LAMB")
     assert run("mpobert-48", engine=MegatronConfig(distributed_optimizer=False)).problems() == []
+
+
+def test_masked_elements_and_virtual_stages() -> None:
+    def masked(granularity: Any, **parallel: Any) -> RunConfig:
+        config = run("gpt2-small-ttm64", **parallel)
+        mask = CentralMaskConfig(probability=0.5, granularity=granularity)
+        return replace(config, train=replace(config.train, central_mask=mask))
+
+    line = only(masked("element", pipeline=2, virtual_pipeline=2))
+    assert line.startswith("train.central_mask.granularity: ")
+    assert 'granularity="tensor"' in line
+    assert masked("tensor", pipeline=2, virtual_pipeline=2).problems() == []
+    assert masked("element", pipeline=2).problems() == []
 
 
 @pytest.mark.parametrize("engine", [LocalConfig(), DeepSpeedConfig()])
