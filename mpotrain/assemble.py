@@ -90,17 +90,21 @@ def _megatron_engine(
 ) -> Engine:
     from mpotrain.engine.megatron import cpu
 
-    cpu.install()  # before megatron-core is imported; does nothing where there is CUDA
-    with warnings.catch_warnings():
-        # It tells of every optional package that is not there, from every rank.
-        warnings.simplefilter("ignore")
-        from mpotrain.engine.megatron.engine import MegatronEngine
-
     assert isinstance(run, RunConfig)  # fine-tuning refuses this engine
-    return MegatronEngine(
-        model, optimizer, network=run.model, config=config, world=world, seed=run.train.seed,
-        clip_norm=run.train.clip_norm or None, central_mask=run.train.central_mask,
-    )  # fmt: skip
+    cpu.install()  # before megatron-core is imported; does nothing where there is CUDA
+    try:
+        with warnings.catch_warnings():
+            # It tells of every optional package that is not there, from every rank.
+            warnings.simplefilter("ignore")
+            from mpotrain.engine.megatron.engine import MegatronEngine
+
+            return MegatronEngine(
+                model, optimizer, network=run.model, config=config, world=world,
+                seed=run.train.seed, clip_norm=run.train.clip_norm or None,
+                central_mask=run.train.central_mask,
+            )  # fmt: skip
+    finally:
+        cpu.uninstall()  # the engine has its own by now
 
 
 def open_data(run: RunConfig, split: Split) -> BlendedDataset:

@@ -29,6 +29,7 @@ from mpotrain.data.manifest import (
 from mpotrain.data.stream import Split
 from mpotrain.data.tokenizer import Tokenizer, open_tokenizer
 from mpotrain.engine.config import LocalConfig
+from mpotrain.engine.megatron.config import MegatronConfig
 from mpotrain.errors import CheckpointError, ConfigError, DataError
 from mpotrain.evaluate import Evaluation, Evaluator
 from mpotrain.generate import Sampling, generate
@@ -146,6 +147,10 @@ def evaluate_checkpoint(
     run = replace(run, parallel=replace(run.parallel, expert=experts))
     if ranks.size == 1:
         run = replace(run, engine=LocalConfig(dtype=run.engine.dtype, device=run.engine.device))
+    if isinstance(run.engine, MegatronConfig):
+        run = replace(run, parallel=replace(run.parallel, data=None))
+        if found := run.problems(ranks.size):
+            raise ConfigError(found)
     world = init_world(run.engine.kind, run.engine.device, ranks=ranks, parallel=run.parallel)
     try:
         dataset = open_data(run, split)

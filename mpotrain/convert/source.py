@@ -17,9 +17,14 @@ from mpotrain.data.special_ids import CausalTokens, MaskedTokens, SpanTokens
 from mpotrain.errors import CheckpointError, DataError
 from mpotrain.models.config import AnyModel
 from mpotrain.nn.roles import Role
+from mpotrain.parallel.plan import DEGREES
 from mpotrain.trained import load_trained, saved_tokenizer
 
-PLAIN = ('engine={kind="local", dtype="fp32", device="cpu"}', "parallel.expert=1")
+PLAIN = (
+    'engine={kind="local", dtype="fp32", device="cpu"}',
+    "parallel.sequence=false",
+    *(f"parallel.{degree}=1" for degree in DEGREES),
+)
 """Overrides under which any run's model computes in fp32 in one process."""
 SHOWN = 8
 """Number of names that a message lists before it counts the rest."""

@@ -161,8 +161,10 @@ def megatron_engine(world: World, model: AnyModel, layout: Layout) -> Engine:
     from mpotrain.engine.megatron import cpu
 
     cpu.install()
-    from mpotrain.engine.megatron.engine import MegatronEngine
-
+    try:
+        from mpotrain.engine.megatron.engine import MegatronEngine
+    finally:
+        cpu.uninstall()
     built = build(model)
     return MegatronEngine(
         built,

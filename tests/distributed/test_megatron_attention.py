@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from distributed.megatron_bytes import counting
 from distributed.megatron_comparison import (
     DOUBLE,
     Sequences,
@@ -196,6 +197,35 @@ def context_group() -> Any:
     from megatron.core import parallel_state
 
     return parallel_state.get_context_parallel_group()
+
+
+def sent(world: World, layout: dict[str, Any], kind: str) -> dict[str, float]:
+    """Return what one forward and backward pass sends, in hidden states of a whole sequence."""
+    parallel = ParallelConfig(**layout)
+    with megatron_grid(world, parallel):
+        ranks, case = Sequences(parallel), Case(kind, causal=False)
+        module = build_attention(local_attention(kind), parallel, case)
+        x, memory = (
+            ranks.enter(ranks.mine(draw(BATCH, rows, HIDDEN, seed=1))).requires_grad_()
+            for rows in (LENGTH, SOURCE)
+        )
+        given = {"key_value_states": memory} if kind == "cross" else {}
+        with counting() as bytes_sent:
+            module(x, None, attention_bias=make_micro(), **given)[0].sum().backward()
+        states = BATCH * LENGTH * HIDDEN * 8 * (world.size - 1) / world.size
+        return {
+            name: bytes_sent.of("tensor", kinds=[name]) / states for name in ("gather", "reduce")
+        }
+
+
+@pytest.mark.parametrize("kind", ["fused", "separate", "cross"])
+def test_an_input_is_communicated_once_for_all_projections(run_ranks: Run, kind: str) -> None:
+    read = 1 + SOURCE / LENGTH if kind == "cross" else 1
+    # Besides, the products of the row-parallel layer are summed, in parts or on every rank.
+    for told in run_ranks(2)(sent, LAYOUTS["tp 2 sp"][1], kind):
+        assert told == {"gather": 2 * read + 1, "reduce": read + 1}
+    for told in run_ranks(2)(sent, LAYOUTS["tp 2"][1], kind):
+        assert told == {"gather": 0, "reduce": 2 * read + 2}
 
 
 CASES = {

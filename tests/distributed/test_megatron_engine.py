@@ -207,6 +207,47 @@ def test_evaluation_of_uneven_parts(run_ranks: Run, name: str, count: int) -> No
         assert steps[0] == pytest.approx(step, rel=1e-5)
 
 
+def evaluated_late(world: World) -> Any:
+    model = network("gpt-moe")
+    engine = megatron_engine(world, model, Layout(ParallelConfig(expert=2)))
+    nothing = engine.evaluate([])
+    rank = engine.world.data_rank
+    # Of other lengths on other ranks, whose experts work for each other.
+    mine = [one_batch(model, 9, rank, rows=rows) for rows in ((1, 2) if rank else (2, 2))]
+    result = engine.evaluate(mine)
+    engine.close()
+    engine.close()
+    return nothing.num_tokens, sorted(result.statistics), result.num_tokens
+
+
+def test_an_evaluation_without_any_batch_settles_nothing(run_ranks: Run) -> None:
+    for num_nothing, names, num_tokens in run_ranks(2)(evaluated_late):
+        assert num_nothing == 0
+        assert "correct" in names
+        assert "expert_tokens" in names
+        assert num_tokens > 0
+
+
+def failed(world: World) -> tuple[str, int]:
+    from mpotrain.engine.megatron import cpu
+
+    mask = CentralMaskConfig(probability=0.5, granularity="element")
+    parallel = ParallelConfig(pipeline=2, virtual_pipeline=2)
+    with pytest.raises(ConfigError) as caught:
+        megatron_engine(world, network("mpobert"), Layout(parallel, mask=mask))
+    # Nothing of it is left: other degrees can be started.
+    megatron_engine(world, network("mpobert"), Layout(ParallelConfig(tensor=2))).close()
+    return str(caught.value), cpu._shim.installed
+
+
+def test_elements_of_copies_are_not_masked_and_a_failed_start_leaves_nothing(
+    run_ranks: Run,
+) -> None:
+    for text, installed in run_ranks(2)(failed):
+        assert "train.central_mask.granularity" in text
+        assert installed == 0
+
+
 def opened(world: World, name: str, layout: Layout) -> Any:
     model = network(name)
     engine = megatron_engine(world, model, layout)

@@ -63,6 +63,8 @@ def test_the_rest_is_refused_with_the_reason(name: str, layout: str) -> None:
 def test_the_page_shows_every_cell() -> None:
     rows = re.findall(r"^\| `([^`]+)` \|(.+)\|$", PAGE.read_text(), re.MULTILINE)
     table = {layout: [cell.strip() for cell in cells.split("|")] for layout, cells in rows}
+    rows_of_options = {layout for layout, cells in table.items() if len(cells) != len(NETWORKS)}
+    assert table.keys() - rows_of_options == LAYOUTS.keys()
     for layout in LAYOUTS:
         shown = ["equal" if reason_of(name, layout) is None else "refused" for name in NETWORKS]
         assert [cell.split(":")[0] for cell in table[layout]] == shown, layout

@@ -37,6 +37,8 @@ Run = Callable[[int], Callable[..., list[Any]]]
 def chosen(name: str, layout: Layout) -> AnyModel:
     if name == "gpt-drop":
         return replace(chosen("gpt-ttm", layout), dropout=0.1)
+    if name == "t5":
+        return replace(chosen("t5-moe", layout), moe=None)
     return network(name, recompute=layout.recompute)
 
 
@@ -71,7 +73,7 @@ def foretold(name: str, layout: Layout) -> list[dict[str, float]]:
     batches = [batch for rank in range(data) for batch in microbatches(model, 1, rank, data)]
     predicted = LENGTH
     if isinstance(model, EncoderConfig):
-        predicted = round(sum(int(batch.num_tokens) for batch in batches) / len(batches))
+        predicted = round(sum(int(batch.num_tokens) for batch in batches) / len(batches) / MICRO)
     source = LENGTH + 4 if isinstance(model, T5Config) else LENGTH
     work = Work(
         model=model,
@@ -101,6 +103,8 @@ GATHERING = replace(PLAIN, moe_dispatcher="allgather")
 SHARED = replace(SP, expert=2, expert_tensor=2)
 CASES = {
     "tp": ("gpt-ttm", Layout(ParallelConfig(tensor=2), PLAIN)),
+    "tp, adapters": ("mpobert", Layout(ParallelConfig(tensor=2), PLAIN)),
+    "tp, two stacks": ("t5", Layout(ParallelConfig(tensor=2), PLAIN)),
     "tp+recompute": ("gpt-ttm", Layout(ParallelConfig(tensor=2), PLAIN, recompute=True)),
     "tp+recompute+dropout": ("gpt-drop", Layout(ParallelConfig(tensor=2), PLAIN, recompute=True)),
     "tp+sp+cached": ("gpt-ttm", Layout(SP, replace(PLAIN, cache_weights=True))),
@@ -108,6 +112,7 @@ CASES = {
     "tp+sp, adapters": ("mpobert", Layout(SP, PLAIN)),
     "tp+sp+recompute, post-norm": ("mpobert", Layout(SP, PLAIN, recompute=True)),
     "tp+sp, two stacks": ("t5-moe", Layout(SP, PLAIN)),
+    "tp+sp+recompute, two stacks": ("t5", Layout(SP, PLAIN, recompute=True)),
     "tp+sp+recompute, mixture": ("gpt-moe", Layout(SP, PLAIN, recompute=True)),
     "cp": ("gpt-ttm", Layout(ParallelConfig(context=2), PLAIN)),
     "cp+recompute": ("mpobert", Layout(ParallelConfig(context=2), PLAIN, recompute=True)),
@@ -136,8 +141,9 @@ def test_foretold_traffic_is_what_is_sent(run_ranks: Run, name: str, layout: Lay
         ranks = sent[number * per_stage : (number + 1) * per_stage]
         for key, nbytes in told.items():
             mean = sum(rank[key] for rank in ranks) / len(ranks)
-            # Tokens are foretold for even loads; masked tokens of an encoder come and go.
-            rel = 0.1 if key == "tokens" and nbytes else 0.002
+            # Rows of experts are foretold for even loads; masked tokens of an encoder come and go.
+            is_even = key != "tokens" or layout.engine.moe_dispatcher == "allgather"
+            rel = 0.002 if is_even else 0.15
             assert mean == pytest.approx(nbytes, rel=rel, abs=COUNTS), (number, key)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from mpotrain.engine.megatron.groups import Groups
 from mpotrain.engine.megatron.layer_norms import CutLayers
 from mpotrain.engine.megatron.masters import Master, Optimizers, mark_for_core
 from mpotrain.engine.megatron.pipeline import Pipeline
+from mpotrain.engine.megatron.placement import placement_of
 from mpotrain.engine.megatron.reductions import Reductions
 from mpotrain.engine.megatron.routing import LogicalRouter
 from mpotrain.engine.megatron.start import start_megatron, stop_megatron
@@ -58,6 +60,17 @@ LAMB_SPLIT = (
     "engine.distributed_optimizer: megatron-core's distributed optimizer splits parameters over "
     "ranks without regard to layers and knows Adam alone; for LAMB set it to false"
 )
+
+
+ELEMENTS_OF_COPIES = (
+    "train.central_mask.granularity: a rank holds several copies of a shared central tensor "
+    '(parallel.virtual_pipeline), whose elements would rest apart; use "tensor"'
+)
+_OF_CORE = (
+    r"`torch\.distributed\.(reduce_scatter|all_gather)\w*` is deprecated",
+    r"The \.grad attribute of a Tensor that is not a leaf",
+)
+"""Warnings about megatron-core's own code."""
 
 
 class MegatronEngine:
@@ -112,14 +125,18 @@ class MegatronEngine:
         if found:
             raise ConfigError(found)
         self.world, self.model, self.num_updates = world, model, 0
+        for message in _OF_CORE:
+            warnings.filterwarnings("ignore", message=message)
         self._config, self._clip_norm = config, clip_norm
-        repair_modules()
-        start_megatron(world.parallel, seed % (1 << 31))
-        try:
+        with ExitStack() as opened:
+            cpu.install()
+            opened.callback(cpu.uninstall)
+            repair_modules()
+            start_megatron(world.parallel, seed % (1 << 31))
+            opened.callback(stop_megatron)
             self._build(optimizer, network, seed, central_mask)
-        except BaseException:
-            stop_megatron()  # groups of a network that never came to be stand in the way of others
-            raise
+            # Where building fails nothing of it stays; else it is for `close` to end, once.
+            self._closing = opened.pop_all()
 
     def step(
         self,
@@ -198,11 +215,10 @@ class MegatronEngine:
             self._let_go()
 
     def close(self) -> None:
-        """Give the optimizers their own steps back, and end megatron-core's groups."""
+        """Give the optimizers their own steps back, and end megatron-core's groups; once."""
         for gate in self._gates:
             gate.remove()
-        stop_megatron()
-        cpu.uninstall()
+        self._closing.close()
 
     def _build(
         self,
@@ -227,6 +243,10 @@ class MegatronEngine:
         self._ddp = self._wrap(built.config)
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         self._optimizers = Optimizers(optimizer, names, self._ddp, self._config)
+        copies = [p.name for c in self.chunks for p in map(placement_of, c.parameters())]
+        masks_elements = central_mask.probability > 0 and central_mask.granularity == "element"
+        if masks_elements and len(copies) > len(set(copies)):
+            raise ConfigError([ELEMENTS_OF_COPIES])
         self._mask = CentralMask(central_mask, seed, optimizer.param_groups)
         self._gates = [
             StepGate(inner, self._mask, self._fragment) for inner in self._optimizers.inner

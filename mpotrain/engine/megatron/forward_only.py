@@ -39,7 +39,8 @@ def evaluate_batches(
     total, num_tokens = Telling(), 0
     try:
         with torch.no_grad():
-            for group in _groups(in_lockstep(batches, data_world), batches_at_a_time(len(chunks))):
+            size = batches_at_a_time(len(chunks))
+            for group in _groups(in_lockstep(batches, data_world), size, data_world):
                 inputs, counts = [batch for batch, _ in group], [count for _, count in group]
                 total.merge(pipeline.evaluate(inputs, counts))
                 num_tokens += sum(batch.num_tokens for batch, count in group if count)
@@ -51,11 +52,16 @@ def evaluate_batches(
     return EvalResult(loss_sum, int(data_world.all_reduce_sum(counted)), statistics)
 
 
-def _groups(batches: Iterator[Counted], size: int) -> Iterator[list[Counted]]:
-    """Yield groups of `size` batches of one shape; the last is filled up with uncounted ones."""
+def _groups(batches: Iterator[Counted], size: int, data_world: World) -> Iterator[list[Counted]]:
+    """Yield groups of `size` batches of one shape; the last is filled up with uncounted ones.
+
+    All data-parallel ranks yield groups at the same batches (collective): experts of one rank work
+    for others.
+    """
     group: list[Counted] = []
     for batch, counts in batches:
-        if group and group[0][0].inputs.shape != batch.inputs.shape:
+        differs = bool(group) and group[0][0].inputs.shape != batch.inputs.shape
+        if size > 1 and data_world.agree(int(differs)):
             yield _filled(group, size)
             group = []
         group.append((batch, counts))

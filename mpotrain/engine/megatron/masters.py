@@ -15,6 +15,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import (
     Float16OptimizerWithFloat16Params,
     FP32Optimizer,
+    MixedPrecisionOptimizer,
 )
 from torch import Tensor, nn
 
@@ -143,8 +144,12 @@ class Optimizers:
 
     def update(self) -> None:
         """Update the masters, and bring them to the parameters of all data-parallel ranks."""
-        for optimizer in self.core:
-            optimizer.step_with_ready_grads()
+        for number, optimizer in enumerate(self.core, start=1):
+            if self._config.distributed_optimizer and number < len(self.core):
+                # Without the gathering of weights behind it, which is of all parameters: once.
+                MixedPrecisionOptimizer.step_with_ready_grads(optimizer)
+            else:
+                optimizer.step_with_ready_grads()
 
     def zero_gradients(self) -> None:
         """Forget all gradients."""

@@ -227,6 +227,8 @@ def _world_problems(layout: Layout) -> list[str]:
     dense = parallel.model_ranks
     experts = parallel.expert * parallel.expert_tensor * parallel.pipeline
     processes = _near_multiples(lcm(dense, experts), world)
+    if parallel.data is not None and dense * parallel.data % experts == 0:
+        processes = str(dense * parallel.data)
     if world % dense:
         return [
             f"parallel.tensor: tensor {parallel.tensor} x context {parallel.context} x pipeline "

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mpotrain.engine.megatron.placement import Cut, Placement, place
+from mpotrain.engine.megatron.placement import Cut, Placement, place, placement_of
 from mpotrain.nn.roles import Role
 
 
@@ -102,9 +102,6 @@ class Slots:
             is_expert: see `Placement`.
         """
         key = name.replace(".", "/")
-        if key in self.bank:
-            owner.refer(attribute, self.bank[key])
-            return
         whole = self._wholes[name]
         placement = Placement(
             name,
@@ -116,6 +113,12 @@ class Slots:
             name in self._copied,
             whole.num_experts,
         )
+        if key in self.bank:
+            held = placement_of(next(self.bank[key].parameters()))
+            if held != placement:
+                raise ValueError(f"{name} is held as {held}, but another layer needs {placement}")
+            owner.refer(attribute, self.bank[key])
+            return
         values = torch.zeros(placement.local_shape, dtype=self._dtype, device=self._device)
         parameter = place(nn.Parameter(values), placement)
         if name in self._shared:

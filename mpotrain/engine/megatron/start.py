@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -28,7 +29,11 @@ def start_megatron(parallel: ParallelConfig, seed: int = 1) -> None:
             f"of groups: close it before one with {parallel} is built"
         )
     if not _started:
-        _initialize(parallel)
+        try:
+            _initialize(parallel)
+        except BaseException:
+            _destroy()
+            raise
     _started.append(parallel)
     model_parallel_cuda_manual_seed(seed)
 
@@ -37,7 +42,16 @@ def stop_megatron() -> None:
     """Let the groups go with the last engine that uses them; the world stays."""
     _started.pop()
     if not _started:
-        parallel_state.destroy_model_parallel()
+        _destroy()
+
+
+def _destroy() -> None:
+    # `destroy_model_parallel` forgets the groups and leaves their threads and connections alive.
+    groups = parallel_state._global_process_group_list or []
+    for group in reversed(groups):
+        if group is not None:  # None is the world
+            dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
 
 
 def _initialize(parallel: ParallelConfig) -> None:
@@ -49,4 +63,6 @@ def _initialize(parallel: ParallelConfig) -> None:
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
+        # Twins of the data-parallel groups, for checkpoints of megatron-core's own.
+        create_gloo_process_groups=False,
     )

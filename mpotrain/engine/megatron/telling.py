@@ -62,9 +62,12 @@ class Collector:
             telling: of this rank.
             mode: "train" or "evaluate": a network tells the same names in every step of a mode.
         """
-        if mode not in self._layouts:
-            self._layouts[mode] = self._agree(telling)
-        layout = self._layouts[mode]
+        layout = self._layouts.get(mode) or self._agree(telling)
+        if len(layout) > 1:  # without a batch there was nothing to agree upon yet
+            self._layouts[mode] = layout
+        unknown = telling.sums.keys() - {key for key, _ in layout}
+        if unknown:
+            raise RuntimeError(f"statistics {sorted(unknown)} are new in a later {mode} step")
         parts = []
         for key, shape in layout:
             value = telling.sums.get(key) if self._counts[bool(key[0])] else None

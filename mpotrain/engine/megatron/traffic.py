@@ -8,8 +8,9 @@ micro-batch on a context-parallel rank, activations of w bytes and sums of gradi
   bytes; under sequence parallelism each gathers one way and reduce-scatters the other way, and a
   column-parallel one gathers x once more for the gradient of its weights. Matrices that read the
   same x - queries, keys and values of one sequence - do so together. Layers that are computed again
-  in the backward pass repeat what their forward pass sent. Around the layers: the embedding (T E w), the gradient of what scores are computed from, three numbers for
-  each row of the loss; under sequence parallelism one gather of the residual stream at each end.
+  in the backward pass repeat what their forward pass sent. Around the layers: the embedding (T E
+  w), the gradient of what scores are computed from, three numbers for each row of the loss; under
+  sequence parallelism one gather of the residual stream at each end.
 - partial: gradients of which each tensor-parallel rank has a part, all-reduced once per step; those
   that expert-tensor ranks have parts of, in every backward pass.
 - context: keys and values of a layer are gathered, their gradients reduce-scattered.

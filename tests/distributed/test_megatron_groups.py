@@ -1,0 +1,59 @@
+"""Groups of ranks are made for an engine and end with it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed.megatron_cases import Layout, megatron_engine, network
+from distributed.megatron_grid import megatron_grid
+
+from mpotrain.errors import ParallelError
+from mpotrain.parallel.plan import ParallelConfig
+from mpotrain.parallel.ranks import World
+
+TENSOR = ParallelConfig(tensor=2, sequence=True)
+Run = Callable[[int], Callable[..., list[Any]]]
+
+
+def num_threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def threads_after_each(world: World) -> list[int]:
+    found = []
+    for _ in range(4):
+        with megatron_grid(world, TENSOR):
+            world.barrier()
+        time.sleep(0.2)  # threads of gloo end a little after their group
+        found.append(num_threads())
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc (Linux)")
+def test_closed_groups_leave_no_threads(run_ranks: Run) -> None:
+    for counts in run_ranks(2)(threads_after_each):
+        assert max(counts[1:]) <= counts[0] + 2
+
+
+def two_engines(world: World) -> str:
+    first = megatron_engine(world, network("gpt-ttm"), Layout(TENSOR))
+    second = megatron_engine(world, network("gpt-ttm"), Layout(TENSOR))
+    first.close()
+    try:
+        with pytest.raises(ParallelError) as caught:
+            megatron_engine(world, network("gpt-ttm"), Layout(replace(TENSOR, sequence=False)))
+    finally:
+        second.close()
+    third = megatron_engine(world, network("gpt-ttm"), Layout(ParallelConfig(pipeline=2)))
+    third.close()
+    return str(caught.value)
+
+
+def test_engines_of_a_process_share_groups_of_equal_degrees(run_ranks: Run) -> None:
+    for text in run_ranks(2)(two_engines):
+        assert "close it before" in text
