@@ -140,10 +140,22 @@ def batch_problems(
             f"start {expected * together} processes, or change parallel.data to {ranks}"
         )
     kind = "ranks" if together == 1 else "data-parallel ranks"
-    return found + _division_problems(global_batch_size, micro_batch_size, ranks, kind)
+    rounds = parallel.pipeline if parallel is not None and parallel.virtual_pipeline > 1 else 1
+    return found + _division_problems(global_batch_size, micro_batch_size, ranks, kind, rounds)
 
 
-def _division_problems(global_size: int, micro: int, world: int, kind: str = "ranks") -> list[str]:
+def _division_problems(
+    global_size: int, micro: int, world: int, kind: str = "ranks", rounds: int = 1
+) -> list[str]:
+    """Return why a batch cannot be cut, with choices that can.
+
+    Args:
+        global_size: sequences of a step.
+        micro: sequences of a micro-batch.
+        world: ranks that meet different samples.
+        kind: what to call them.
+        rounds: the micro-batches of a rank are to be a multiple of it.
+    """
     found = [
         f"{key}: {value}; it must be at least 1"
         for key, value in (
@@ -155,12 +167,13 @@ def _division_problems(global_size: int, micro: int, world: int, kind: str = "ra
     ]
     if found or global_size % (micro * world) == 0:
         return found
-    choices = [f"train.global_batch_size={_either(_multiples(global_size, micro * world))}"]
-    if global_size % world == 0:
-        micros = _divisors_near(global_size // world, micro)
+    sizes = _multiples(global_size, micro * world * rounds)
+    choices = [f"train.global_batch_size={_either(sizes)}"]
+    if global_size % (world * rounds) == 0:
+        micros = _divisors_near(global_size // world // rounds, micro)
         choices.append(f"train.micro_batch_size={_either(micros)}")
-    if global_size % micro == 0:
-        choices.append(f"{_either(_divisors_near(global_size // micro, world))} {kind}")
+    if global_size % (micro * rounds) == 0:
+        choices.append(f"{_either(_divisors_near(global_size // micro // rounds, world))} {kind}")
     return [
         f"train.global_batch_size: {global_size} sequences cannot be cut into micro-batches of "
         f"{micro} on {world} {kind} ({global_size} is no multiple of {micro} x {world} = "

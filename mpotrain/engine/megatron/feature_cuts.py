@@ -254,7 +254,9 @@ def _face_problem(face: Face, meeting: Meeting, degree: str, instead: str) -> st
         f"{meeting.parts} equal parts{kept} ({degree})"
     )
     other = _other_modes(face, meeting)
-    return f"{reason}; " + (f"{face.side} modes {other} would do, or " if other else "") + instead
+    # The modes of other kinds follow from their sizes and ranks.
+    others = f'kind = "mpo" with {face.side} modes {other} would do, or ' if other else ""
+    return f"{reason}; {others}{instead}"
 
 
 def _common_problem(meeting: Meeting, degree: str, instead: str) -> str:
