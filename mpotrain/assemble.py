@@ -91,18 +91,20 @@ def _megatron_engine(
     from mpotrain.engine.megatron import cpu
 
     assert isinstance(run, RunConfig)  # fine-tuning refuses this engine
-    cpu.install()  # before megatron-core is imported; does nothing where there is CUDA
-    try:
-        with warnings.catch_warnings():
-            # It tells of every optional package that is not there, from every rank.
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings():
+        # It tells of every optional package that is not there, from every rank.
+        warnings.simplefilter("ignore")
+        cpu.install()  # before megatron-core is imported; does nothing where there is CUDA
+        try:
             from mpotrain.engine.megatron.engine import MegatronEngine
-
-            return MegatronEngine(
-                model, optimizer, network=run.model, config=config, world=world,
-                seed=run.train.seed, clip_norm=run.train.clip_norm or None,
-                central_mask=run.train.central_mask,
-            )  # fmt: skip
+        except BaseException:
+            cpu.uninstall()
+            raise
+    try:
+        return MegatronEngine(
+            model, optimizer, network=run.model, config=config, world=world, seed=run.train.seed,
+            clip_norm=run.train.clip_norm or None, central_mask=run.train.central_mask,
+        )  # fmt: skip
     finally:
         cpu.uninstall()  # the engine has its own by now
 

@@ -31,6 +31,7 @@ from mpotrain.errors import (
 )
 from mpotrain.nn.spectra import model_spectra
 from mpotrain.parallel.environment import resolve_environment
+from mpotrain.parallel.grid import grid_text, rank_grid
 from mpotrain.parallel.ranks import World, close_world, init_world
 from mpotrain.parallel.watch import watch_parent
 from mpotrain.run_record import (
@@ -242,6 +243,9 @@ class Start(ABC):
             require_network(manifest, self.described().get("model", {}))
         self.engine = build_engine(run, model, self.world)
         self.stack.callback(self.engine.close)
+        grid = rank_grid(self.world.parallel, self.world.size)
+        if self.world.parallel.model_ranks > 1 and grid is not None:
+            self.progress.note(grid_text(grid))
         state = RunState() if manifest is None else self._resume(manifest)
         self.has_begun = True
         self.world.together(lambda: self._record(state.step))

@@ -83,3 +83,16 @@ def rank_grid(parallel: ParallelConfig, world_size: int) -> RankGrid | None:
         expert=parallel.expert,
         expert_data=world_size // experts,
     )
+
+
+def grid_text(grid: RankGrid) -> str:
+    """Describe a grid in one line: the axes of more than one rank, experts apart."""
+
+    def product(axes: tuple[str, ...]) -> str:
+        sizes = {axis.replace("_", " "): getattr(grid, axis) for axis in axes}
+        return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "1"
+
+    text = f"{grid.world_size} ranks = {product(DENSE_AXES)}"
+    if grid.expert * grid.expert_tensor == 1:
+        return text
+    return f"{text}; of experts {product(EXPERT_AXES)}"

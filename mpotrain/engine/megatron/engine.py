@@ -68,6 +68,7 @@ ELEMENTS_OF_COPIES = (
 )
 _OF_CORE = (
     r"`torch\.distributed\.(reduce_scatter|all_gather)\w*` is deprecated",
+    r"(Transformer Engine and Apex are|Apex is) not installed",
     r"The \.grad attribute of a Tensor that is not a leaf",
 )
 """Warnings about megatron-core's own code."""

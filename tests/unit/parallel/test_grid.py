@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mpotrain.parallel.grid import DENSE_AXES, EXPERT_AXES, rank_grid
+from mpotrain.parallel.grid import DENSE_AXES, EXPERT_AXES, grid_text, rank_grid
 from mpotrain.parallel.plan import ParallelConfig
 from mpotrain.parallel.ranks import World
 
@@ -86,3 +86,15 @@ def test_data_rank_of_a_process_is_its_place_on_the_data_axis() -> None:
         world = World(rank, 16, rank, torch.device("cpu"), parallel=parallel)
         assert world.data_rank == grid.coordinates(rank)["data"]
         assert world.data_size == grid.data == 2
+
+
+def test_the_grid_in_one_line() -> None:
+    parallel = ParallelConfig(tensor=2, sequence=True, pipeline=2)
+    grid = rank_grid(parallel, 8)
+    assert grid is not None
+    assert grid_text(grid) == "8 ranks = tensor 2 x data 2 x pipeline 2"
+    grid = rank_grid(ParallelConfig(tensor=2, expert=2, expert_tensor=2), 8)
+    assert grid is not None
+    assert grid_text(grid) == (
+        "8 ranks = tensor 2 x data 4; of experts expert tensor 2 x expert 2 x expert data 2"
+    )
