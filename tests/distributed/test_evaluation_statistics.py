@@ -127,12 +127,12 @@ def test_models_that_count_nothing_and_evaluations_of_nothing() -> None:
 
 
 def count_borrowed(world: World) -> EvalResult:
-    original = evaluation._in_lockstep
-    evaluation._in_lockstep = lambda *args: ((b, True) for b, _ in original(*args))  # type: ignore[assignment]
+    original = evaluation.in_lockstep
+    evaluation.in_lockstep = lambda *args: ((b, True) for b, _ in original(*args))  # type: ignore[assignment]
     try:
         return evaluate(world, zero(3), 1)
     finally:
-        evaluation._in_lockstep = original
+        evaluation.in_lockstep = original
 
 
 def test_borrowed_batches_would_be_seen(run_ranks: Any) -> None:

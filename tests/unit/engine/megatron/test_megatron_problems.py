@@ -384,19 +384,3 @@ def test_fine_tuning_refuses_this_engine(tmp_path: Path) -> None:
         load_tune_config(path, ['engine={kind="megatron"}'])
     with pytest.raises(ConfigError, match=r"parallel\.tensor: 2, but the deepspeed engine"):
         load_tune_config(path, ["parallel.tensor=2"])
-
-
-def test_batches_that_fit_neither_ranks_nor_rounds() -> None:
-    config = with_train(gpt(pipeline=2, virtual_pipeline=2), global_batch_size=15)
-    (line,) = [found for found in config.problems(4) if "cannot be cut" in found]
-    sizes = named(line, "train.global_batch_size")
-    assert sizes == [8, 16]
-    for size in sizes:
-        assert with_train(config, global_batch_size=size).problems(4) == []
-
-
-def test_worlds_of_a_run_that_says_how_many_data_ranks_it_has() -> None:
-    config = gpt(pipeline=2, data=4)
-    line = next(found for found in config.problems(3) if "start" in found)
-    assert "start 8 processes" in line
-    assert config.problems(8) == []
