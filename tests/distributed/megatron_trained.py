@@ -79,7 +79,11 @@ class Trained:
                 params_dtype=dtype,
             ),
             [self.wrapped],
+            use_gloo_process_groups=False,
         )
+        for single in self.optimizer.chained_optimizers:
+            # Core gathers states with gloo, and here the ordinary groups are of gloo.
+            single.data_parallel_group_gloo = single.data_parallel_group
         if repair:
             fixes.repair_optimizer(self.optimizer)
 
