@@ -146,8 +146,9 @@ def build_chunks(
     from mpotrain.engine.megatron.config import MegatronConfig
     from mpotrain.engine.megatron.copies import chunk_layers, names_of_several
     from mpotrain.engine.megatron.encoder import build_encoder
-    from mpotrain.engine.megatron.encoder_sources import layer_names, layer_source, shared_names
+    from mpotrain.engine.megatron.encoder_sources import layer_source, shared_names
     from mpotrain.engine.megatron.feature_cuts import feature_periods
+    from mpotrain.engine.megatron.holdings import layer_names
     from mpotrain.engine.megatron.placement import placement_of
     from mpotrain.engine.megatron.settings import transformer_config
     from mpotrain.engine.megatron.slots import Slots, Whole
@@ -158,7 +159,8 @@ def build_chunks(
     settings.params_dtype = settings.pipeline_dtype = dtype
     periods = feature_periods(config, parallel.tensor, parallel.expert_tensor)
     layers = list(chunk_layers(config.num_layers, places).values())
-    held = [set[str]().union(*(layer_names(config, n) for n in some)) for some in layers]
+    names = {info.name for info in config.parameters()}
+    held = [set[str]().union(*(layer_names(config, n, names) for n in some)) for some in layers]
     if places > 1:
         held[0].add("token_embedding.weight")
         held[-1].add("token_embedding.weight")

@@ -74,7 +74,7 @@ class FusedCoreAttention(MegatronModule):  # type: ignore[misc]
         positions = None
         if ranks > 1:
             rank = parallel_state.get_context_parallel_rank()
-            positions = _own_positions(len(query) * ranks, ranks, rank, query.device)
+            positions = positions_of_rank(len(query) * ranks, ranks, rank, query.device)
             key, value = _gather_positions(key, value, ranks)
         mask = self._mask(attention_bias, positions, len(key))
         rate = self.dropout if self.training else 0.0
@@ -122,17 +122,7 @@ def _gather_positions(key: Tensor, value: Tensor, ranks: int) -> tuple[Tensor, T
     return whole[..., :size], whole[..., size:]
 
 
-# Every layer asks for the same few tensors; a copy to a GPU in each would make it wait. Evaluation
-# may be the first to ask, so they are made as tensors that autograd may keep.
-
-
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
-def _own_positions(length: int, ranks: int, rank: int, device: torch.device) -> Tensor:
-    """Return the positions of a context-parallel rank on a device."""
-    return positions_of_rank(length, ranks, rank).to(device)
-
-
+# For the same reasons as `positions_of_rank`.
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def _natural_order(length: int, ranks: int, device: torch.device) -> Tensor:

@@ -13,13 +13,13 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from mpotrain.batch import NO_PAIR, Batch
 from mpotrain.engine.megatron.encoder_ends import EncoderEmbedding, EncoderHead
 from mpotrain.engine.megatron.kernels import NO_KERNELS, Kernels
-from mpotrain.engine.megatron.layer import layer_spec
+from mpotrain.engine.megatron.layer import layer_block
 from mpotrain.engine.megatron.micro import Micro, positions_of_rank
 from mpotrain.engine.megatron.slots import Slots
 from mpotrain.engine.megatron.sources import LayerSource
@@ -108,7 +108,7 @@ class EncoderChunk(MegatronModule):  # type: ignore[misc]
         ranks = self.config.context_parallel_size
         rank = parallel_state.get_context_parallel_rank() if ranks > 1 else 0
         num_rows, length = batch.inputs.shape
-        mine = positions_of_rank(length, ranks, rank).to(batch.inputs.device)
+        mine = positions_of_rank(length, ranks, rank, batch.inputs.device)
 
         def at_mine(fields: Tensor | None) -> Tensor | None:
             return None if fields is None else fields[:, mine]
@@ -149,14 +149,10 @@ def build_encoder(
         vp_stage: its number among the chunks of the stage; None where there is one.
         kernels: compute parts of the layers in place of PyTorch.
     """
-    block = TransformerBlock(
-        config,
-        TransformerBlockSubmodules([layer_spec(layers[n], kernels) for n in layers]),
-        post_layer_norm=False,
-        pre_process=pre_process,
-        post_process=post_process,
-        vp_stage=vp_stage,
-    )
+    block = layer_block(
+        config, layers, kernels,
+        pre_process=pre_process, post_process=post_process, vp_stage=vp_stage,
+    )  # fmt: skip
     return EncoderChunk(model, config, slots, block, vp_stage=vp_stage)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mpotrain.engine.megatron.copies import names_of_several
 from mpotrain.engine.megatron.feature_cuts import FeaturePeriods
+from mpotrain.engine.megatron.holdings import layer_names
 from mpotrain.engine.megatron.slots import Slots
 from mpotrain.engine.megatron.sources import (
     AttentionSource,
@@ -99,30 +100,14 @@ class _Place:
         return NormSource(self.slots, f"{stem}weight", f"{stem}bias", self.config.norm_eps)
 
 
-def layer_names(config: EncoderConfig, layer: int) -> set[str]:
-    """Return the logical names of all tensors that a layer uses, shared ones included."""
-    return _layer_names(config, layer, _all_names(config))
-
-
 def shared_names(config: EncoderConfig) -> frozenset[str]:
     """Return the logical names of all tensors that more than one place of the network uses.
 
     These are what layers share, and the matrix that embeds and predicts tokens.
     """
-    names = _all_names(config)
-    layers = (_layer_names(config, layer, names) for layer in range(config.num_layers))
+    names = {info.name for info in config.parameters()}
+    layers = (layer_names(config, layer, names) for layer in range(config.num_layers))
     return names_of_several([_under(EMBEDDING_STEMS, names), *layers, _under(HEAD_STEMS, names)])
-
-
-def _all_names(config: EncoderConfig) -> list[str]:
-    return [info.name for info in config.parameters()]
-
-
-def _layer_names(config: EncoderConfig, layer: int, names: Collection[str]) -> set[str]:
-    group = config.group(layer)
-    banked = {f"bank.{family}.{group}" for family in config.banked_families()}
-    stems = (f"blocks.{config.block(layer)}", f"adapters.{layer}", f"tied.{group}")
-    return _under(stems, names) | (banked & set(names))
 
 
 def _under(stems: Collection[str], names: Collection[str]) -> set[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
@@ -13,26 +12,22 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.spec_utils import build_module
-from megatron.core.transformer.transformer_block import (
-    TransformerBlock,
-    TransformerBlockSubmodules,
-)
+from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 from torch.nn import functional
 
 from mpotrain.batch import Batch
 from mpotrain.engine.megatron.gpt_sources import norm_source
 from mpotrain.engine.megatron.kernels import NO_KERNELS, Kernels
-from mpotrain.engine.megatron.layer import layer_spec
+from mpotrain.engine.megatron.layer import layer_block
 from mpotrain.engine.megatron.micro import Micro, positions_of_rank
 from mpotrain.engine.megatron.norm import norm
 from mpotrain.engine.megatron.slots import LogicalModule, Slots
 from mpotrain.engine.megatron.sources import LayerSource
 from mpotrain.engine.megatron.vocabulary import (
     VocabularyEmbedding,
-    vocabulary_correct,
+    counted_loss,
     vocabulary_logits,
-    vocabulary_loss,
 )
 from mpotrain.models.gpt2_config import GPT2Config
 from mpotrain.nn.attention import document_mask
@@ -66,31 +61,23 @@ class GPTChunk(MegatronModule):  # type: ignore[misc]
         model: GPT2Config,
         config: TransformerConfig,
         slots: Slots,
-        layers: Mapping[int, LayerSource],
+        decoder: TransformerBlock,
         *,
-        pre_process: bool,
-        post_process: bool,
         vp_stage: int | None,
         kernels: Kernels,
     ) -> None:
+        """Join the layers with what stands at their ends; see `build_gpt`."""
         super().__init__(config=config)
         self.model, self.vp_stage = model, vp_stage
-        self.pre_process, self.post_process = pre_process, post_process
-        if pre_process or post_process:
+        self.pre_process, self.post_process = decoder.pre_process, decoder.post_process
+        if self.pre_process or self.post_process:
             self.token_embedding = VocabularyEmbedding(
                 slots, "token_embedding.weight", model.vocab_size, model.hidden_size, config
             )
-        if pre_process:
+        if self.pre_process:
             self.position_embedding = PositionTable(slots, "position_embedding")
-        self.decoder = TransformerBlock(
-            config,
-            TransformerBlockSubmodules([layer_spec(layers[n], kernels) for n in layers]),
-            post_layer_norm=False,
-            pre_process=pre_process,
-            post_process=post_process,
-            vp_stage=vp_stage,
-        )
-        if post_process:
+        self.decoder = decoder  # modules in the order of the forward pass, as buckets want them
+        if self.post_process:
             self.final_norm = build_module(
                 norm(norm_source(slots, "final_norm"), kernels.norm),
                 config=config,
@@ -120,7 +107,7 @@ class GPTChunk(MegatronModule):  # type: ignore[misc]
             targets at this rank's positions, a scalar.
         """
         length = batch.inputs.shape[1]
-        mine = positions_of_rank(length, *self._context).to(batch.inputs.device)
+        mine = positions_of_rank(length, *self._context, batch.inputs.device)
         if batch.document_ids is not None:
             seen = document_mask(batch.document_ids, batch.document_ids).tril()
             micro = replace(micro, seen=seen)
@@ -152,12 +139,10 @@ class GPTChunk(MegatronModule):  # type: ignore[misc]
         logits = vocabulary_logits(rows, self.token_embedding.awaited("weight"))
         targets = batch.targets[:, mine].flatten()
         counts = batch.loss_mask[:, mine].flatten()
-        losses = vocabulary_loss(logits, targets, self.model.vocab_size)
-        loss = torch.where(counts, losses, torch.zeros_like(losses)).sum()
-        micro.tally.sums["loss_sum"] = loss.detach()
-        if not self.training:
-            correct = vocabulary_correct(logits, targets, self.model.vocab_size)
-            micro.tally.sums["correct"] = (correct & counts).sum()
+        loss, sums = counted_loss(
+            logits, targets, counts, self.model.vocab_size, training=self.training
+        )
+        micro.tally.sums.update(sums)
         return loss
 
 
@@ -184,8 +169,8 @@ def build_gpt(
         vp_stage: its number among the chunks of the stage; None where there is one.
         kernels: compute parts of the layers in place of PyTorch.
     """
-    return GPTChunk(
-        model, config, slots, layers,
+    block = layer_block(
+        config, layers, kernels,
         pre_process=pre_process, post_process=post_process, vp_stage=vp_stage,
-        kernels=kernels,
     )  # fmt: skip
+    return GPTChunk(model, config, slots, block, vp_stage=vp_stage, kernels=kernels)

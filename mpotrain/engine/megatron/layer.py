@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -13,6 +13,10 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+)
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
@@ -182,4 +186,33 @@ def layer_spec(source: LayerSource, kernels: Kernels = NO_KERNELS) -> ModuleSpec
             mlp=IdentityOp,
             **crosses,
         ),
+    )
+
+
+def layer_block(
+    config: TransformerConfig,
+    layers: Mapping[int, LayerSource],
+    kernels: Kernels,
+    *,
+    pre_process: bool,
+    post_process: bool,
+    vp_stage: int | None,
+) -> TransformerBlock:
+    """Build the layers of a chunk of a pipeline, without a last norm.
+
+    Args:
+        config: of megatron-core's modules.
+        layers: sources by number, in their order.
+        kernels: compute parts of the layers in place of PyTorch.
+        pre_process: whether the chunk is the first.
+        post_process: whether it is the last.
+        vp_stage: its number among the chunks of the stage; None where there is one.
+    """
+    return TransformerBlock(
+        config,
+        TransformerBlockSubmodules([layer_spec(source, kernels) for source in layers.values()]),
+        post_layer_norm=False,
+        pre_process=pre_process,
+        post_process=post_process,
+        vp_stage=vp_stage,
     )

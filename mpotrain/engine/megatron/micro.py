@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -66,7 +67,14 @@ class Micro:
     memory_terms: Tensor | None = None
 
 
-def positions_of_rank(length: int, ranks: int, rank: int) -> Tensor:
+CPU = torch.device("cpu")
+
+
+# Every chunk and every layer asks for the same few tensors; a copy to a GPU in each would make it
+# wait. Evaluation may be the first to ask, so they are made as tensors that autograd may keep.
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def positions_of_rank(length: int, ranks: int, rank: int, device: torch.device = CPU) -> Tensor:
     """Return the positions of a sequence that a context-parallel rank holds, int64.
 
     The sequence is cut into 2p chunks, of which rank r holds the r-th and the r-th from the end,
@@ -76,8 +84,9 @@ def positions_of_rank(length: int, ranks: int, rank: int) -> Tensor:
         length: positions of the whole sequence; a multiple of 2p where p > 1.
         ranks: p.
         rank: r.
+        device: of the result, which nobody may change.
     """
     if ranks == 1:
-        return torch.arange(length)
+        return torch.arange(length, device=device)
     chunks = torch.arange(length).chunk(2 * ranks)
-    return torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]])
+    return torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]]).to(device)

@@ -89,7 +89,7 @@ class Pipeline:
             )
             if step is not None:
                 self._set_random_state(step, slot, stage, self._number(chunk))
-            output = chunk(batch.to(self._world.device), micro)
+            output = chunk(batch, micro)
             micro.tally.is_open = False
             if counts[slot]:
                 telling.add(micro.tally)
@@ -100,7 +100,8 @@ class Pipeline:
 
             return output, loss_of
 
-        iterators = [iter(list(enumerate(batches))) for _ in self._chunks]
+        moved = [batch.to(self._world.device) for batch in batches]
+        iterators = [iter(enumerate(moved)) for _ in self._chunks]
         caches = self._cache is not None and step is not None
         with self._cache.step(len(batches)) if caches else nullcontext():  # type: ignore[union-attr]
             get_forward_backward_func()(

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import (
@@ -37,9 +36,8 @@ from mpotrain.engine.megatron.seq2seq_sources import T5Sources
 from mpotrain.engine.megatron.slots import Slots
 from mpotrain.engine.megatron.vocabulary import (
     VocabularyEmbedding,
-    vocabulary_correct,
+    counted_loss,
     vocabulary_logits,
-    vocabulary_loss,
 )
 from mpotrain.models.t5_config import T5Config
 from mpotrain.tensor.cached import StepCache
@@ -185,12 +183,10 @@ class T5Chunk(MegatronModule):  # type: ignore[misc]
         rows = hidden.transpose(0, 1).flatten(0, 1) * self.model.hidden_size**-0.5
         logits = vocabulary_logits(rows, self.token_embedding.awaited("weight"))
         targets, counts = batch.targets.flatten(), batch.loss_mask.flatten()
-        losses = vocabulary_loss(logits, targets, self.model.vocab_size)
-        loss = torch.where(counts, losses, torch.zeros_like(losses)).sum()
-        micro.tally.sums["loss_sum"] = loss.detach()
-        if not self.training:
-            right = vocabulary_correct(logits, targets, self.model.vocab_size) & counts
-            micro.tally.sums["correct"] = right.sum()
+        loss, sums = counted_loss(
+            logits, targets, counts, self.model.vocab_size, training=self.training
+        )
+        micro.tally.sums.update(sums)
         return loss
 
 

@@ -144,6 +144,26 @@ def vocabulary_correct(logits: Tensor, targets: Tensor, vocab_size: int) -> Tens
     return chosen == targets
 
 
+def counted_loss(
+    logits: Tensor, targets: Tensor, counts: Tensor, vocab_size: int, *, training: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the summed loss of the targets that count, and what a `Tally` takes of them.
+
+    Args:
+        logits: scores of this rank's ids (N, V').
+        targets: token ids (N,).
+        counts: bool (N,).
+        vocab_size: V.
+        training: else the right predictions are counted, too.
+    """
+    losses = vocabulary_loss(logits, targets, vocab_size)
+    loss = torch.where(counts, losses, torch.zeros_like(losses)).sum()
+    sums = {"loss_sum": loss.detach()}
+    if not training:
+        sums["correct"] = (vocabulary_correct(logits, targets, vocab_size) & counts).sum()
+    return loss, sums
+
+
 def _own_ids(width: int, vocab_size: int) -> tuple[int, int]:
     """Return the first id of this rank, which has `width`, and how many of its ids are tokens."""
     first_id = parallel_state.get_tensor_model_parallel_rank() * width

@@ -20,8 +20,9 @@ from unit.models.encoder_cases import (
 
 from mpotrain.config import load_config
 from mpotrain.engine.megatron.copies import chunk_layers, names_of_several
-from mpotrain.engine.megatron.encoder_sources import layer_names, layer_source, shared_names
+from mpotrain.engine.megatron.encoder_sources import layer_source, shared_names
 from mpotrain.engine.megatron.feature_cuts import feature_periods
+from mpotrain.engine.megatron.holdings import layer_names
 from mpotrain.engine.megatron.slots import Slots
 from mpotrain.engine.megatron.sources import (
     FeedForwardSource,
@@ -45,6 +46,10 @@ OUTSIDE = (
 def encoder_runs() -> dict[str, EncoderConfig]:
     models = {path.stem: load_config(path).model for path in RUNS}
     return {name: model for name, model in models.items() if isinstance(model, EncoderConfig)}
+
+
+def named(config: EncoderConfig, layer: int) -> set[str]:
+    return layer_names(config, layer, {info.name for info in config.parameters()})
 
 
 def source(config: EncoderConfig, layer: int) -> LayerSource:
@@ -82,7 +87,7 @@ def test_layers_and_ends_hold_every_tensor_of_every_encoder_run() -> None:
     assert len(runs) >= 7
     for name, config in runs.items():
         everything = {info.name for info in config.parameters()}
-        layers = [layer_names(config, layer) for layer in range(config.num_layers)]
+        layers = [named(config, layer) for layer in range(config.num_layers)]
         outside = {n for n in everything if n.split(".")[0] in OUTSIDE}
         assert set[str]().union(*layers) == everything - outside, name
         assert all(len(layer) == len(layers[0]) for layer in layers), name
@@ -92,7 +97,7 @@ def test_layers_and_ends_hold_every_tensor_of_every_encoder_run() -> None:
 def test_a_layer_names_what_the_local_network_computes_it_with(config: EncoderConfig) -> None:
     model = Encoder(config, seed=1)
     for layer in range(config.num_layers):
-        names = layer_names(config, layer)
+        names = named(config, layer)
         assert names == used_by_layer(model, layer)
         assert names == source_names(source(config, layer))
 
@@ -184,7 +189,7 @@ def test_chunks_follow_each_other_over_the_stages() -> None:
 
 def test_copies_of_a_cut_encoder() -> None:
     config = encoder_config(sharing=CENTRAL_TIED)
-    layers = [layer_names(config, layer) for layer in range(4)]
+    layers = [named(config, layer) for layer in range(4)]
     # Two chunks of two layers: each group of layers lies in one chunk, and nothing is copied.
     assert names_of_several([layers[0] | layers[1], layers[2] | layers[3]]) == set()
     # One layer in each chunk: all that is shared is copied.
