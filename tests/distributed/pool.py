@@ -206,7 +206,9 @@ def _free_groups() -> None:
     nothing refers to the group any more; engines are cycles of references, and thousands of such
     threads slow everything down.
     """
-    gc.collect()
+    for _ in range(4):  # what is freed may set more free
+        if gc.collect() == 0:
+            break
     if _modules_seen[-1] != len(sys.modules):
         _modules_seen.append(len(sys.modules))
         gc.freeze()  # what came with new modules need not be looked through every time
