@@ -272,7 +272,7 @@ def train_after_evaluation(world: World) -> dict[str, float]:
     with megatron_grid(world, parallel):
         from mpotrain.engine.megatron import core_attention
 
-        core_attention._own_positions.cache_clear()
+        core_attention.positions_of_rank.cache_clear()
         core_attention._natural_order.cache_clear()
         case = CASES["documents"]
         module = build_attention(local_attention(case.kind), parallel, case)
