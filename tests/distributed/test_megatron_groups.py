@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed.megatron_cases import Layout, megatron_engine, network
+from distributed.megatron_cases import Layout, megatron_engine, network, run_steps
 from distributed.megatron_grid import megatron_grid
 
 from mpotrain.errors import ParallelError
@@ -37,6 +38,26 @@ def threads_after_each(world: World) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc (Linux)")
 def test_closed_groups_leave_no_threads(run_ranks: Run) -> None:
     for counts in run_ranks(2)(threads_after_each):
+        assert max(counts[1:]) <= counts[0] + 2
+
+
+def threads_after_mixtures(world: World) -> list[int]:
+    found = []
+    for _ in range(3):
+        engine = megatron_engine(world, network("gpt-moe"), Layout(ParallelConfig(expert=2)))
+        run_steps(engine, network("gpt-moe"), [0])
+        engine.close()
+        del engine
+        for _ in range(3):
+            gc.collect()
+        time.sleep(0.2)
+        found.append(num_threads())
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc (Linux)")
+def test_mixtures_keep_no_graph_that_holds_the_engine(run_ranks: Run) -> None:
+    for counts in run_ranks(2)(threads_after_mixtures):
         assert max(counts[1:]) <= counts[0] + 2
 
 

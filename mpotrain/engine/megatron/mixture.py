@@ -74,8 +74,19 @@ class MixtureLayer(MoELayer):  # type: ignore[misc]
         # the features of an expert and therefore work on each other's rows.
         nominal_rows = x.shape[0] * x.shape[1] * self._top_k * self._feature_ranks
         rows, _none = self.experts(rows, counts, gates, nominal_rows)
-        y = self.combine(self.token_dispatcher.combine_preprocess(rows))
-        return self.postprocess(y, None), None
+        y = self.postprocess(self.combine(self.token_dispatcher.combine_preprocess(rows)), None)
+        self._let_go()
+        return y, None
+
+    def _let_go(self) -> None:
+        """Take the gates of this pass from the dispatcher, which would keep them until the next.
+
+        They hold the graph of the pass, and that holds the layer: nothing would ever be freed.
+        """
+        dispatcher = self.token_dispatcher
+        for name, value in vars(dispatcher).items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                setattr(dispatcher, name, None)
 
 
 def mixture_layer(source: MixtureSource) -> ModuleSpec:
