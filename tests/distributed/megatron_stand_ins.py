@@ -188,13 +188,14 @@ def stand_ins(*, fp32_attention: bool = True) -> Iterator[Counter[str]]:
     """
     from mpotrain.engine.megatron import cpu, extensions
 
-    cpu.install()
-    from megatron.core.optimizer import distrib_optimizer
-
-    from mpotrain.engine.megatron import kernels
-
-    USED.clear()
     with ExitStack() as stack:
+        cpu.install()
+        stack.callback(cpu.uninstall)
+        from megatron.core.optimizer import distrib_optimizer
+
+        from mpotrain.engine.megatron import kernels
+
+        USED.clear()
         stack.enter_context(patch.object(extensions, "_find", lambda *name: ALL.get(name)))
         stack.enter_context(patch.object(extensions, "_wanted", lambda setting: setting == "auto"))
         stack.enter_context(patch.object(distrib_optimizer, "Adam", FusedAdam))

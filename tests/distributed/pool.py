@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_WORLD = 4
+MAX_THREADS = 150
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 _modules_seen = [0]
 """Numbers of modules in a worker when it last set objects aside from garbage collection."""
@@ -65,6 +66,8 @@ class RankPool:
             RankError: a rank raised; all workers are replaced.
             TimeoutError: some ranks did not answer; all workers are replaced.
         """
+        if any(_num_threads(worker.pid) > MAX_THREADS for worker in self._workers):
+            self.close()  # groups that nobody frees have threads that poll
         self._start(world)
         with tempfile.TemporaryDirectory(prefix="mpotrain-ranks-") as folder:
             # Pickled apart: a worker must know the path before it can import the function.
@@ -137,6 +140,11 @@ class RankPool:
         if len(results) < world:
             raise RankError(f"ranks {sorted(set(range(world)) - set(results))} died")
         return [results[rank] for rank in range(world)]
+
+
+def _num_threads(pid: int) -> int:
+    tasks = Path(f"/proc/{pid}/task")
+    return len(list(tasks.iterdir())) if tasks.is_dir() else 0
 
 
 def _serve(rank: int, inbox: Any, results: Any, parent: int) -> None:
