@@ -26,7 +26,7 @@ from mpotrain.config import RunConfig, load_config
 from mpotrain.data.config import PrepareConfig, SentencePieceConfig
 from mpotrain.data.prepare import prepare
 from mpotrain.errors import EXIT_CRASH, EXIT_STOPPED, MpotrainError
-from mpotrain.run_record import OUTCOME_FILE
+from mpotrain.run_end import OUTCOME_FILE
 from mpotrain.train.state import Outcome
 from mpotrain.twins import read_variant
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+# Notes who started this process, while that one lives: imports that follow take seconds.
+import mpotrain.parallel.watch  # noqa: F401
 from mpotrain import __version__, handlers
 from mpotrain.errors import EXIT_DONE, ConfigError, MpotrainError
 
@@ -21,7 +23,8 @@ Handler = Callable[[argparse.Namespace], int]
 EPILOG = """\
 exit codes: 0 done; 1 unexpected error; 2 bad configuration, data, checkpoint or command line;
 3 training stopped by the policy for NaN, infinity and loss spikes; 4 a file could not be written;
-85 stopped on request after a checkpoint: run the same command to go on
+85 stopped on request after a checkpoint: run the same command to go on;
+86 ended because no rank made progress any more: run the same command to go on
 """
 
 
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not (hasattr(options, "overrides") and all(map(_is_override, rest))):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        options.overrides += rest
+        options.overrides = [*options.overrides, *rest]
     handler: Handler = options.handler
     try:
         return handler(options)
@@ -116,7 +119,11 @@ def _command(
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run file (TOML)")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings laid over the run file"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        default=[],
+        help="settings laid over the run file",
     )
 
 
@@ -306,6 +313,7 @@ def _add_eval(commands: Commands[argparse.ArgumentParser]) -> None:
         "overrides",
         nargs="*",
         metavar="key=value",
+        default=[],
         help="settings laid over those of the checkpoint",
     )
     parser.add_argument("--split", choices=["train", "validation", "test"], default="validation")

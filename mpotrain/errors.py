@@ -19,6 +19,8 @@ EXIT_STORAGE = 4
 """A file could not be written (disk full, no permission); what was complete before is intact."""
 EXIT_STOPPED = 85
 """Stopped on request (signal or stop file) after a checkpoint: run the same command to go on."""
+EXIT_HUNG = 86
+"""Ended by the watchdog because no rank made progress: run the same command to go on."""
 
 
 class MpotrainError(Exception):
@@ -53,6 +55,15 @@ class CheckpointError(MpotrainError):
 
 class ParallelError(MpotrainError):
     """The processes that were started do not fit the run (world size, environment)."""
+
+
+class LostRankError(ParallelError):
+    """Another rank cannot be reached any more, or never came: it failed, was killed, or is cut off.
+
+    Nothing is wrong with the run itself, so another start may help.
+    """
+
+    exit_code = EXIT_CRASH
 
 
 class AnomalyError(MpotrainError):

@@ -11,6 +11,7 @@ from mpotrain.data.loader import Loader
 from mpotrain.data.objective import open_objective
 from mpotrain.engine.base import Engine
 from mpotrain.engine.counts import accuracy, pair_metrics
+from mpotrain.parallel.watchdog import Beat, beating, no_beat
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Evaluator:
         *,
         micro_batch_size: int,
         num_sequences: int | None,
+        beat: Beat = no_beat,
     ) -> None:
         """Prepare the evaluation.
 
@@ -80,9 +82,10 @@ class Evaluator:
             dataset: the split.
             micro_batch_size: sequences of one forward pass.
             num_sequences: how many to read; None for the whole split.
+            beat: told of every batch.
         """
         available = dataset.num_samples
-        self._engine, self._dataset = engine, dataset
+        self._engine, self._dataset, self._beat = engine, dataset, beat
         self._is_causal = dataset.data.objective.kind == "causal"
         self._count = available if num_sequences is None else min(num_sequences, available)
         world = engine.world
@@ -98,7 +101,8 @@ class Evaluator:
 
     def __call__(self) -> Evaluation:
         """Evaluate; all ranks call this together and get the same result."""
-        result = self._engine.evaluate(self._loader.evaluation_batches(self._count))
+        batches = self._loader.evaluation_batches(self._count)
+        result = self._engine.evaluate(beating(batches, self._beat, "evaluating"))
         # Bits per byte mean something where the loss is that of the whole text.
         per_byte = self._dataset.bytes_per_token if self._is_causal else None
         pairs = pair_metrics(result.statistics)

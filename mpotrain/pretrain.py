@@ -16,8 +16,10 @@ from mpotrain.config import RunConfig
 from mpotrain.data.loader import Loader
 from mpotrain.data.objective import open_objective
 from mpotrain.evaluate import Evaluator
+from mpotrain.launch import launch
 from mpotrain.parallel.ranks import World
-from mpotrain.start import Start, launch
+from mpotrain.parallel.watchdog import Beat
+from mpotrain.start import Start
 from mpotrain.train.metrics import Throughput
 from mpotrain.train.signals import StopRequest
 
@@ -51,8 +53,8 @@ def train(
         MpotrainError: see the subclasses; the outcome file of the run folder says so too.
     """
 
-    def build(world: World, stop: StopRequest, stack: ExitStack) -> Start:
-        return PretrainingStart(run, world, stop, stack, allow_data_change)
+    def build(world: World, stop: StopRequest, stack: ExitStack, beat: Beat) -> Start:
+        return PretrainingStart(run, world, stop, stack, allow_data_change, beat)
 
     return launch(run, build, fresh=fresh, profile=profile)
 
@@ -67,6 +69,7 @@ class PretrainingStart(Start):
         stop: StopRequest,
         stack: ExitStack,
         allow_data_change: bool,
+        beat: Beat,
     ) -> None:
         """Open the data; see `Start`."""
         self.config = run
@@ -74,7 +77,9 @@ class PretrainingStart(Start):
         self.validation = (
             world.together(lambda: open_data(run, "validation")) if run.train.eval_every else None
         )
-        super().__init__(run, self.dataset, world, stop, stack, allow_data_change=allow_data_change)
+        super().__init__(
+            run, self.dataset, world, stop, stack, allow_data_change=allow_data_change, beat=beat
+        )
 
     def build_model(self, *, resumes: bool) -> nn.Module:
         """Build the network of the run with its start weights."""
@@ -110,6 +115,7 @@ class PretrainingStart(Start):
             self.engine, self.validation,
             micro_batch_size=self.config.train.micro_batch_size,
             num_sequences=self.config.train.eval_sequences,
+            beat=self.beat,
         )  # fmt: skip
         return lambda: evaluator().to_json()
 

@@ -1,4 +1,4 @@
-"""What a run leaves beside checkpoints and metrics: configuration, surroundings, outcome.
+"""What a run leaves beside checkpoints and metrics: configuration and surroundings.
 
 The environment is recorded by allow-list: versions, devices, git state. Environment variables,
 which may hold secrets, are never written.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,8 @@ from mpotrain.data.manifest import TokenizerEntry
 from mpotrain.durable import write_durably
 from mpotrain.errors import StorageError
 from mpotrain.parallel.ranks import World
+from mpotrain.provenance import git_state
+from mpotrain.run_end import OUTCOME_FILE
 from mpotrain.schema import to_dict
 from mpotrain.train.state import RunState
 
@@ -32,7 +33,6 @@ CHECKPOINTS = "checkpoints"
 RNG_RULE = "splitmix64(seed, step, microbatch)"
 CONFIG_FILE = "config.toml"
 ENVIRONMENT_FILE = "environment.jsonl"
-OUTCOME_FILE = "outcome.json"
 
 
 class TrainingData(Protocol):
@@ -89,22 +89,6 @@ def record_start(run: RunSettings, world: World, step: int, tokenizer: Path | No
         raise StorageError(f"{folder}: cannot be written ({error})") from error
 
 
-def record_outcome(folder: Path, outcome: str, detail: str) -> None:
-    """Write how this start ended: `done`, `resume` or `failed`.
-
-    A batch script reads this file; exit codes of many ranks are no reliable message.
-
-    Raises:
-        StorageError: the file cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        content = {"outcome": outcome, "detail": detail}
-        write_durably(folder / OUTCOME_FILE, (json.dumps(content) + "\n").encode())
-    except OSError as error:
-        raise StorageError(f"{folder / OUTCOME_FILE}: cannot be written ({error})") from error
-
-
 def position_of(
     run: RunSettings,
     data: TrainingData,
@@ -136,24 +120,6 @@ def position_of(
             **counters,
         },
     )
-
-
-def git_state(folder: Path) -> dict[str, Any] | None:
-    """Return commit and whether files differ from it; None outside of a git work tree."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            capture_output=True, text=True, check=True, timeout=10,
-        ).stdout.strip()  # fmt: skip
-
-    try:
-        return {
-            "commit": git("rev-parse", "HEAD"),
-            "changed": git("status", "--porcelain", "--untracked-files=no").splitlines(),
-        }
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _device_name(device: torch.device) -> str:

@@ -2,45 +2,28 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mpotrain.assemble import build_engine, prepare_torch
+from mpotrain.assemble import build_engine
 from mpotrain.batch import Batch
 from mpotrain.checkpoint.compare import config_differences, require_model, require_network
 from mpotrain.checkpoint.manifest import Manifest, Signature
 from mpotrain.checkpoint.store import CheckpointStore
 from mpotrain.config import RunSettings
 from mpotrain.data.dataset import changes
-from mpotrain.errors import (
-    EXIT_DONE,
-    EXIT_STOPPED,
-    CheckpointError,
-    ConfigError,
-    DataError,
-    ParallelError,
-    StorageError,
-)
+from mpotrain.errors import CheckpointError, ConfigError, DataError
 from mpotrain.nn.spectra import model_spectra
-from mpotrain.parallel.environment import resolve_environment
 from mpotrain.parallel.grid import grid_text, rank_grid
-from mpotrain.parallel.ranks import World, close_world, init_world
-from mpotrain.parallel.watch import watch_parent
-from mpotrain.run_record import (
-    CHECKPOINTS,
-    TrainingData,
-    position_of,
-    record_outcome,
-    record_start,
-)
+from mpotrain.parallel.ranks import World, set_collective_timeout
+from mpotrain.parallel.watchdog import Beat, beating, collective_timeout, no_beat
+from mpotrain.run_record import CHECKPOINTS, TrainingData, position_of, record_start
 from mpotrain.schema import to_dict
 from mpotrain.train.anomaly import AnomalyGuard
 from mpotrain.train.config import ProfileConfig
@@ -48,89 +31,8 @@ from mpotrain.train.loop import LoopParts, TrainingLoop
 from mpotrain.train.metrics import MetricsWriter, Throughput
 from mpotrain.train.profiler import StepProfiler
 from mpotrain.train.progress import Progress
-from mpotrain.train.signals import StopReason, StopRequest
+from mpotrain.train.signals import StopRequest
 from mpotrain.train.state import Outcome, RunState
-
-StartFactory = Callable[[World, StopRequest, ExitStack], "Start"]
-"""Opens the data of a run on one rank."""
-
-
-def launch(run: RunSettings, build: StartFactory, *, fresh: bool, profile: bool) -> int:
-    """Run one start as one rank of its world.
-
-    Args:
-        run: the validated run.
-        build: called once this rank has joined the world.
-        fresh: refuse to go on with what the run folder holds.
-        profile: record a few steps even if the run file asks for none.
-
-    Returns:
-        The exit code: done, or stopped on request.
-
-    Raises:
-        MpotrainError: see the subclasses; the outcome file of the run folder says so too.
-    """
-    prepare_torch(run)
-    ranks = resolve_environment(os.environ)
-    if problems := run.problems(ranks.size):
-        raise ConfigError([f"with {ranks.size} process(es): {problem}" for problem in problems])
-    limit = run.train.time_limit_minutes
-    stop = StopRequest(
-        Path(run.folder),
-        time_limit_seconds=None if limit is None else 60 * limit,
-        watch_file=ranks.rank == 0,
-    )
-    # Signals count from here on: one that comes while the model is built or a checkpoint is read
-    # stops the run at its first step instead of killing it.
-    with stop:
-        world = init_world(run.engine.kind, run.engine.device, ranks=ranks, parallel=run.parallel)
-        try:
-            return _launch(run, build, world, stop, fresh, profile)
-        finally:
-            close_world(world)
-
-
-def _launch(
-    run: RunSettings,
-    build: StartFactory,
-    world: World,
-    stop: StopRequest,
-    fresh: bool,
-    profile: bool,
-) -> int:
-    folder = Path(run.folder)
-    start: Start | None = None
-    try:
-        with ExitStack() as stack:
-            start = build(world, stop, stack)
-            outcome, state = start.go(fresh, profile)
-    except Exception as error:
-        lost_peer = world.size > 1 and _is_lost_peer(error)
-        # A start that was refused must not mark a run that it has not touched.
-        if world.is_main and start is not None and start.has_begun:
-            with suppress(StorageError):
-                if lost_peer:
-                    record_outcome(folder, Outcome.STOPPED, "another rank was lost")
-                else:
-                    record_outcome(folder, "failed", f"{type(error).__name__}: {error}")
-        if lost_peer:
-            raise ParallelError(
-                f"the connection to another rank broke, which has failed or was killed; its own "
-                f"log says why ({error})"
-            ) from error
-        raise
-    if world.is_main:
-        record_outcome(folder, outcome, f"step {state.step}")
-    start.progress.note(f"{outcome}: {run.name} at step {state.step:,} of {run.train.steps:,}")
-    return EXIT_STOPPED if outcome is Outcome.STOPPED else EXIT_DONE
-
-
-def _is_lost_peer(error: Exception) -> bool:
-    """Whether a collective failed because another rank is gone (gloo has no type for it)."""
-    if isinstance(error, torch.distributed.DistBackendError):
-        return True
-    signs = ("closed by peer", "Connection reset", "Connection refused", "Timed out waiting")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 class Start(ABC):
@@ -145,6 +47,7 @@ class Start(ABC):
         data: what is trained on.
         progress: what a person sees.
         has_begun: whether the run folder was touched.
+        beat: to be told of progress in everything that takes long.
     """
 
     def __init__(
@@ -156,6 +59,7 @@ class Start(ABC):
         stack: ExitStack,
         *,
         allow_data_change: bool = False,
+        beat: Beat = no_beat,
     ) -> None:
         """Prepare a start; nothing is written yet.
 
@@ -166,12 +70,17 @@ class Start(ABC):
             stop: requests to stop.
             stack: closes what is opened here.
             allow_data_change: go on although the data differ from those of the checkpoint.
+            beat: told of all progress.
         """
         self.run, self.data, self.world, self.stop, self.stack = run, data, world, stop, stack
         self.has_begun = False
+        self.beat = beat
         self.folder = Path(run.folder)
         self._allow_data_change = allow_data_change
-        self.store = CheckpointStore(self.folder / CHECKPOINTS, run.checkpoint, world)
+        self.store = CheckpointStore(
+            self.folder / CHECKPOINTS, run.checkpoint, world,
+            on_point=lambda name: beat(f"checkpoint ({name})"),
+        )  # fmt: skip
         stack.callback(self.store.close)
         self.guard = AnomalyGuard(run.train.anomaly)
         self.progress = Progress(run.train.steps, is_main=world.is_main, every=run.train.log_every)
@@ -224,6 +133,7 @@ class Start(ABC):
             profile: record a few steps even if the run file asks for none.
         """
         run = self.run
+        self.beat("looking for checkpoints")
         self.store.claim()
         manifest = self.store.latest()
         if fresh and manifest is not None:
@@ -236,13 +146,16 @@ class Start(ABC):
         if manifest is not None:
             self._check_kind(manifest)
             self._check_data(manifest)
+        self.beat("building the model", 0 if manifest is None else manifest.step)
         model = self.build_model(resumes=manifest is not None)
         signatures = self.signatures(model)
         if manifest is not None:
             require_model(manifest, signatures, self.described())
             require_network(manifest, self.described().get("model", {}))
+        self.beat("building the engine")
         self.engine = build_engine(run, model, self.world)
         self.stack.callback(self.engine.close)
+        set_collective_timeout(self.world, collective_timeout(run.train.hang_timeout_seconds))
         grid = rank_grid(self.world.parallel, self.world.size)
         if self.world.parallel.model_ranks > 1 and grid is not None:
             self.progress.note(grid_text(grid))
@@ -284,7 +197,12 @@ class Start(ABC):
         reader = self.store.open(manifest.step)
         saved = manifest.run
         counters = saved.train_state.get("counters")
-        self.engine.import_state(reader.read, saved.num_updates, counters)
+
+        def read(name: str) -> dict[str, Tensor]:
+            self.beat("reading a checkpoint")
+            return reader.read(name)
+
+        self.engine.import_state(read, saved.num_updates, counters)
         self.guard.load_state_dict(saved.train_state["anomaly"])
         state = RunState(
             step=saved.step,
@@ -312,7 +230,8 @@ class Start(ABC):
         engine |= {"expert_ranks": run.parallel.expert}
         counters = {"anomaly": self.guard.state_dict(), "counters": self.engine.counters()}
         position = position_of(run, self.data, state, counters, engine)
-        self.store.save(replace(position, config=self.described()), self.engine.export_state())
+        tensors = beating(self.engine.export_state(), self.beat, "saving a checkpoint")
+        self.store.save(replace(position, config=self.described()), tensors)
 
     def _parts(self, profile: bool, resume_step: int | None) -> LoopParts:
         run, world, stack = self.run, self.world, self.stack
@@ -323,9 +242,6 @@ class Start(ABC):
             resume_step=resume_step,
         )  # fmt: skip
         stack.callback(metrics.close)
-        stop = self.stop
-        if world.size > 1:
-            stack.enter_context(watch_parent(lambda: stop.request(StopReason.LAUNCHER_DIED)))
         chosen = config.profile or (default_profile(config.steps) if profile else None)
         return LoopParts(
             engine=self.engine,
@@ -334,7 +250,7 @@ class Start(ABC):
             metrics=metrics,
             progress=self.progress,
             throughput=self.throughput(),
-            stop=stop,
+            stop=self.stop,
             profiler=StepProfiler(chosen, self.folder, rank=world.rank, device=world.device),
             save=self._save,
             evaluate=self.evaluator(),
@@ -342,6 +258,7 @@ class Start(ABC):
             bytes_per_token=self.bytes_per_token(),
             mixtures=self.mixtures(),
             tokens_per_sample=self.tokens_per_sample(),
+            beat=self.beat,
         )
 
     def _spectra(self) -> Mapping[str, Any]:

@@ -76,7 +76,8 @@ class CheckpointStore:
             part_bytes: size from which a data file is closed and the next one begun.
             on_point: told the name of every point that a save passes on this rank: `begin`,
                 `part`, `part_written`, `reported`, `manifest`, `set_aside`, `published`,
-                `pointer`, `replaced_hidden`, `expired_hidden`, `end`.
+                `pointer`, `replaced_hidden`, `expired_hidden`, `end`; and `examined` after each
+                file of a checkpoint that is verified.
         """
         self.folder = folder
         self.config = config
@@ -269,7 +270,10 @@ class CheckpointStore:
         except CheckpointError as error:
             return None, [str(error)]
         mine = list(manifest.files)[self.world.rank :: self.world.size]
-        found = file_problems(path, manifest, digests=self.config.verify, names=mine)
+        found = file_problems(
+            path, manifest, digests=self.config.verify, names=mine,
+            on_file=lambda: self._on_point("examined"),
+        )  # fmt: skip
         problems = [line for lines in self.world.gather_objects(found) for line in lines]
         if not problems:
             self._verified[step] = CheckpointReader(path, manifest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,7 +28,12 @@ def digest_file(path: Path) -> str:
 
 
 def file_problems(
-    folder: Path, manifest: Manifest, *, digests: bool, names: Iterable[str] | None = None
+    folder: Path,
+    manifest: Manifest,
+    *,
+    digests: bool,
+    names: Iterable[str] | None = None,
+    on_file: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """Return what is wrong with the data files of a checkpoint, one line for each file.
 
@@ -37,11 +42,16 @@ def file_problems(
         manifest: what the files should be.
         digests: compare the content, not only the size.
         names: the files to look at; by default all.
+        on_file: called after each file.
     """
     chosen = list(manifest.files if names is None else names)
+    found = []
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        found = pool.map(lambda name: _problem(folder, manifest, name, digests), chosen)
-        return [line for line in found if line]
+        for line in pool.map(lambda name: _problem(folder, manifest, name, digests), chosen):
+            on_file()
+            if line:
+                found.append(line)
+    return found
 
 
 def _problem(folder: Path, manifest: Manifest, name: str, digests: bool) -> str | None:

@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mpotrain.errors import MpotrainError, ParallelError
+from mpotrain.errors import LostRankError, MpotrainError, ParallelError
 from mpotrain.parallel.environment import Ranks, export_environment, resolve_environment
 from mpotrain.parallel.plan import ParallelConfig
 from mpotrain.parallel.seeds import microbatch_seed
 from mpotrain.parallel.watch import watch_parent
+from mpotrain.parallel.watchdog import collective_timeout
 
 __all__ = [
     "Ranks",
@@ -27,6 +28,7 @@ __all__ = [
     "microbatch_seed",
     "resolve_device",
     "resolve_environment",
+    "set_collective_timeout",
     "watch_parent",
 ]
 
@@ -34,8 +36,8 @@ T = TypeVar("T")
 
 DATA_PARALLEL = ParallelConfig()
 """Every rank computes whole samples."""
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others before it gives up with an error."""
+COLLECTIVE_TIMEOUT = collective_timeout(None)
+"""How long a rank waits for the others, without a watchdog, before it gives up with an error."""
 
 
 @dataclass(frozen=True)
@@ -133,20 +135,23 @@ class World:
 
         Raises:
             MpotrainError: this rank's own error.
-            ParallelError: another rank failed; names it, with its text.
+            ParallelError: another rank failed; names it, with its text and its exit code.
         """
         error: MpotrainError | None = None
         try:
             result = action()
         except MpotrainError as raised:
             error = raised
-        texts = self.gather_objects(None if error is None else str(error))
+        mine = None if error is None else (str(error), error.exit_code)
+        everyone = self.gather_objects(mine)
         if error is not None:
             raise error
-        failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
-        if failed:
-            rank, text = failed[0]
-            raise ParallelError(f"rank {rank} failed: {text}")
+        for rank, failed in enumerate(everyone):
+            if failed is not None:
+                text, exit_code = failed
+                theirs = ParallelError(f"rank {rank} failed: {text}")
+                theirs.exit_code = exit_code
+                raise theirs
         return result
 
     def barrier(self) -> None:
@@ -180,8 +185,8 @@ def init_world(
         The world; leave it with `close_world`.
 
     Raises:
-        ParallelError: the environment is inconsistent, a device is missing, or the ranks cannot
-            meet.
+        ParallelError: the environment is inconsistent, or a device is missing.
+        LostRankError: the ranks cannot meet.
     """
     ranks = resolve_environment(os.environ) if ranks is None else ranks
     chosen = resolve_device(device, ranks.local_rank)
@@ -203,7 +208,7 @@ def init_world(
     try:
         _join(ranks, backends, timeout)
     except (dist.DistError, RuntimeError, ValueError) as error:
-        raise ParallelError(
+        raise LostRankError(
             f"rank {ranks.rank} of {ranks.size} could not meet the others at "
             f"{ranks.master_addr}:{ranks.master_port} over {backend}: {error}; check that every "
             "rank was started, that the address can be reached and that the port is free"
@@ -215,6 +220,18 @@ def close_world(world: World) -> None:
     """Leave the process group; without this, gloo now and then aborts at exit."""
     if world.backend is not None and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def set_collective_timeout(world: World, timeout: timedelta) -> None:
+    """Let all process groups of this process wait as long as the first one does.
+
+    DeepSpeed and Megatron-core make groups with torch's own timeout, 10 or 30 minutes.
+    """
+    if world.backend is None:
+        return
+    # torch offers this under private names only; they have been there since 2.1.
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def resolve_device(device: str, local_rank: int = 0) -> torch.device:

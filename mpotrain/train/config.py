@@ -10,6 +10,9 @@ from pydantic import Field
 from mpotrain.engine.config import CentralMaskConfig
 from mpotrain.schema import config
 
+MOST_MINUTES = 7 * 24 * 60
+"""Bound of time-outs: who wants to wait for a week wants to wait for ever."""
+
 
 @config
 class AdamWConfig:
@@ -272,11 +275,19 @@ class TrainConfig:
     """End at this step for now: the schedule still belongs to all `steps`; absent: never."""
     time_limit_minutes: float | None = None
     """Save and stop after this time (wall clock of this start); absent: no limit."""
+    hang_timeout_minutes: float = 20.0
+    """Write where all ranks stand and end with exit code 86 when no rank has made progress for
+    this long; 0: never. Longer than any step, evaluated batch or start-up phase."""
     deterministic: bool = True
     """Use deterministic kernels wherever torch has them (and warn where it has none): the same
     layout gives the same bits. Slower on CUDA."""
     profile: ProfileConfig | None = None
     """Record a profiler trace; absent: none."""
+
+    @property
+    def hang_timeout_seconds(self) -> float | None:
+        """Seconds without progress that make a hang; None = never."""
+        return 60 * self.hang_timeout_minutes or None
 
     def problems(self, where: str) -> list[str]:
         """Return everything that makes this run impossible, one line each.
@@ -301,6 +312,12 @@ class TrainConfig:
         if limit is not None and limit <= 0:
             found.append(
                 f"{where}.time_limit_minutes: must be positive, is {limit} (leave out for none)"
+            )
+        patience = self.hang_timeout_minutes
+        if not 0 <= patience < MOST_MINUTES:
+            found.append(
+                f"{where}.hang_timeout_minutes: must be in [0, {MOST_MINUTES}), is {patience} "
+                "(0: never)"
             )
         found += self.optimizer.problems(f"{where}.optimizer")
         found += self.central_mask.problems(f"{where}.central_mask")

@@ -16,6 +16,7 @@ from typing import Any
 from mpotrain.batch import Batch
 from mpotrain.engine.base import Engine, StepResult
 from mpotrain.engine.counts import pair_metrics
+from mpotrain.parallel.watchdog import Beat, no_beat
 from mpotrain.train.anomaly import AnomalyGuard
 from mpotrain.train.config import TrainConfig
 from mpotrain.train.metrics import MetricsWriter, Rate, Throughput, peak_memory
@@ -48,6 +49,7 @@ class LoopParts:
             `StepResult.statistics`; their routers are reported where there are any.
         tokens_per_sample: tokens of a sample by which speed is measured; None = the targets that
             count in the loss (all of them in next-token prediction, few of them elsewhere).
+        beat: told of all progress.
     """
 
     engine: Engine
@@ -64,6 +66,7 @@ class LoopParts:
     bytes_per_token: float | None
     mixtures: Sequence[str] = ()
     tokens_per_sample: int | None = None
+    beat: Beat = no_beat
 
 
 class TrainingLoop:
@@ -97,12 +100,13 @@ class TrainingLoop:
             for part in (parts.stop, parts.progress, parts.profiler):
                 stack.enter_context(part)
             while state.step < self._last_step:
+                parts.beat("between steps", state.step)
                 reason = StopReason(parts.engine.world.agree(parts.stop.requested()))
                 if reason is not StopReason.NONE:
+                    # Every rank knows now why the run stops, whichever was asked.
+                    parts.stop.request(reason)
                     parts.progress.note(f"stopping at step {state.step}: {reason.text}")
                     self._save(state)
-                    if parts.engine.world.is_main:
-                        parts.stop.acknowledge()
                     return Outcome.STOPPED, state
                 state = self._step(state)
             self._save(state)
@@ -113,6 +117,7 @@ class TrainingLoop:
         config, parts = self._config, self._parts
         lr = learning_rate(config.schedule, state.step, config.steps)
         log_due = self._due(state.step + 1, config.log_every)
+        parts.beat(f"step {state.step + 1}", state.step)
         parts.profiler.before_step(state.step)
         result = parts.engine.step(
             parts.microbatches(state.consumed_samples),
@@ -126,6 +131,7 @@ class TrainingLoop:
         read = result.num_tokens if own is None else own * config.global_batch_size
         parts.throughput.step_done(read)
         state = state.after(result, config.global_batch_size)
+        parts.beat("between steps", state.step)
         with parts.throughput.excluded():
             self._report(state, result, lr, log_due)
             parts.guard.check()
@@ -136,6 +142,7 @@ class TrainingLoop:
         """Evaluate, look at the cores and save, where one of them is due."""
         config, parts = self._config, self._parts
         if parts.evaluate is not None and self._due(state.step, config.eval_every):
+            parts.beat("evaluating")
             values = parts.evaluate()
             parts.metrics.write(state.step, values, kind="eval")
             shown = ", ".join(
@@ -143,6 +150,7 @@ class TrainingLoop:
             )
             parts.progress.note(f"step {state.step} validation: {shown}")
         if config.spectra_every is not None and self._due(state.step, config.spectra_every):
+            parts.beat("measuring spectra")
             parts.metrics.write(state.step, parts.spectra(), kind="spectra")
         if state.step % self._checkpoint_every == 0:
             self._save(state)
@@ -182,6 +190,7 @@ class TrainingLoop:
     def _save(self, state: RunState) -> None:
         if self._saved_step == state.step:
             return
+        self._parts.beat("saving a checkpoint")
         self._parts.metrics.flush()
         self._parts.save(state)
         self._saved_step = state.step

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mpotrain.batch import Batch
 from mpotrain.data.loader import Loader
 from mpotrain.engine.base import Engine, EvalResult
+from mpotrain.parallel.watchdog import Beat, beating, no_beat
 from mpotrain.tune.encoding import ExampleEncoder
 from mpotrain.tune.glue_metrics import Floats, class_metrics, value_metrics
 from mpotrain.tune.samples import TaskObjective, TaskSamples
@@ -30,6 +31,7 @@ class TaskEvaluator:
         encoder: ExampleEncoder,
         *,
         micro_batch_size: int,
+        beat: Beat = no_beat,
     ) -> None:
         """Prepare the evaluation.
 
@@ -39,8 +41,9 @@ class TaskEvaluator:
             files: the examples of each file, by the prefix of its metrics.
             encoder: writes their tokens.
             micro_batch_size: examples of one forward pass.
+            beat: told of every batch.
         """
-        self._engine, self._form = engine, form
+        self._engine, self._form, self._beat = engine, form, beat
         world = engine.world
         self._loaders = {
             prefix: Loader(
@@ -66,13 +69,14 @@ class TaskEvaluator:
 
     def _evaluate(self, loader: Loader) -> tuple[EvalResult, dict[str, float]]:
         if not self._form.is_regression:
-            result = self._engine.evaluate(loader.evaluation_batches())
+            batches = beating(loader.evaluation_batches(), self._beat, "evaluating")
+            result = self._engine.evaluate(batches)
             confusion = result.statistics["confusion"].numpy()
             return result, class_metrics(confusion, self._form.metrics)
-        batches = list(loader.evaluation_batches())
+        examples = list(loader.evaluation_batches())
         with head_outputs(self._engine.model) as outputs:
-            result = self._engine.evaluate(batches)
-        predictions, values = self._gather(batches, outputs)
+            result = self._engine.evaluate(beating(examples, self._beat, "evaluating"))
+        predictions, values = self._gather(examples, outputs)
         moments = result.statistics["moments"].numpy()
         return result, value_metrics(moments, predictions, values, self._form.metrics)
 

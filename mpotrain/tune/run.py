@@ -19,10 +19,12 @@ from mpotrain.data.loader import Loader
 from mpotrain.durable import write_durably
 from mpotrain.engine.statistics import buffer_shapes
 from mpotrain.errors import ConfigError
+from mpotrain.launch import launch
 from mpotrain.models.classifier import Classifier
 from mpotrain.nn.roles import Role, role_of
 from mpotrain.parallel.ranks import World
-from mpotrain.start import Start, launch
+from mpotrain.parallel.watchdog import Beat
+from mpotrain.start import Start
 from mpotrain.train.journal import plain_json
 from mpotrain.train.signals import StopRequest
 from mpotrain.train.state import Outcome, RunState
@@ -62,8 +64,8 @@ def tune(
     every = run.train.eval_every or run.train.steps
     run = replace(run, train=replace(run.train, eval_every=every))
 
-    def build(world: World, stop: StopRequest, stack: ExitStack) -> Start:
-        return TuningStart(run, world, stop, stack, allow_data_change)
+    def build(world: World, stop: StopRequest, stack: ExitStack, beat: Beat) -> Start:
+        return TuningStart(run, world, stop, stack, allow_data_change, beat)
 
     return launch(run, build, fresh=fresh, profile=profile)
 
@@ -78,6 +80,7 @@ class TuningStart(Start):
         stop: StopRequest,
         stack: ExitStack,
         allow_data_change: bool,
+        beat: Beat,
     ) -> None:
         """Open the encoder and the examples; see `Start`."""
         self.config, self.form = run, run.task.format()
@@ -91,7 +94,9 @@ class TuningStart(Start):
             }
         )
         self._last: Mapping[str, Any] | None = None
-        super().__init__(run, self._data(), world, stop, stack, allow_data_change=allow_data_change)
+        super().__init__(
+            run, self._data(), world, stop, stack, allow_data_change=allow_data_change, beat=beat
+        )
 
     def go(self, fresh: bool, profile: bool) -> tuple[Outcome, RunState]:
         """Take the run up, or begin it, train, and write the results at its end."""
@@ -169,6 +174,7 @@ class TuningStart(Start):
             self.validation,
             self.encoder,
             micro_batch_size=self.config.train.micro_batch_size,
+            beat=self.beat,
         )
         self._last = evaluator()
         return self._last

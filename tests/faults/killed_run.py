@@ -43,8 +43,8 @@ def main() -> int:
             os.kill(os.getpid(), signal.SIGKILL)
 
     class Store(CheckpointStore):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args, on_point=on_point)
+        def __init__(self, *args: Any, **named: Any) -> None:
+            super().__init__(*args, **(named | {"on_point": on_point}))
 
     LocalEngine.step = logged_step  # type: ignore[method-assign]
     CheckpointStore.save = killed_save  # type: ignore[method-assign]

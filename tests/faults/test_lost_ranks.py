@@ -2,24 +2,14 @@
 
 import json
 import signal
-import subprocess
 from pathlib import Path
 
 import psutil
 import pytest
+from launched_ranks import workers
 from run_process import curve, prepare_markov, start, train, wait_for_step, write_run
 
 ENGINE = "engine={kind='deepspeed', zero_stage=1}"
-
-
-def workers(launcher: subprocess.Popen[str]) -> dict[int, psutil.Process]:
-    """Return the training processes under a launcher by rank."""
-    found = {}
-    for child in psutil.Process(launcher.pid).children(recursive=True):
-        rank = child.environ().get("RANK")
-        if rank is not None and "mpotrain" in " ".join(child.cmdline()):
-            found[int(rank)] = child
-    return found
 
 
 @pytest.mark.parametrize("killed", [0, 1])

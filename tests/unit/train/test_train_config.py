@@ -112,6 +112,9 @@ MISTAKES = [
         {"schedule": WSDConfig(lr=1.0, warmup_steps=50, decay_steps=51)},
         "t.schedule.decay_steps: warm-up (50) and decay (51) do not fit into 100 steps",
     ),
+    ({"hang_timeout_minutes": -1.0}, "t.hang_timeout_minutes: must be in [0, 10080), is -1.0"),
+    ({"hang_timeout_minutes": float("nan")}, "t.hang_timeout_minutes:"),
+    ({"hang_timeout_minutes": float("inf")}, "t.hang_timeout_minutes:"),
     ({"anomaly": AnomalyConfig(spike_threshold=0.0)}, "t.anomaly.spike_threshold:"),
     ({"anomaly": AnomalyConfig(grad_norm_threshold=-1.0)}, "t.anomaly.grad_norm_threshold:"),
     ({"anomaly": AnomalyConfig(window=3)}, "t.anomaly.window:"),
@@ -139,6 +142,12 @@ def test_limits_themselves_are_allowed() -> None:
         anomaly=AnomalyConfig(window=4, max_skips=1),
     )
     assert edge.problems("t") == []
+
+
+def test_no_minutes_are_no_watchdog() -> None:
+    assert GOOD.hang_timeout_seconds == 20 * 60
+    assert dataclasses.replace(GOOD, hang_timeout_minutes=0.0).hang_timeout_seconds is None
+    assert dataclasses.replace(GOOD, hang_timeout_minutes=0.0).problems("t") == []
 
 
 def test_all_problems_come_at_once() -> None:
