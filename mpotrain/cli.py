@@ -17,6 +17,7 @@ from typing import NoReturn
 import mpotrain.parallel.watch  # noqa: F401
 from mpotrain import __version__, handlers
 from mpotrain.errors import EXIT_DONE, ConfigError, MpotrainError
+from mpotrain.preflight.arguments import DESCRIPTION, add_arguments
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_prepare(commands)
     _add_plan(commands)
+    add_arguments(_command(commands, "preflight", DESCRIPTION, handlers.preflight))
     _add_convert(commands)
     _add_export(commands)
     _add_train(commands)

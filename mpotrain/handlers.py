@@ -103,6 +103,18 @@ def plan(options: argparse.Namespace) -> int:
     return EXIT_BAD_INPUT if report.problems else EXIT_DONE
 
 
+def preflight(options: argparse.Namespace) -> int:
+    """Check the nodes of a world, as one of its ranks."""
+    from mpotrain.preflight.arguments import options_of
+    from mpotrain.preflight.run import preflight as run_preflight
+    from mpotrain.preflight.text import describe
+
+    result = run_preflight(options_of(options), os.environ)
+    if result.summary is not None:  # one rank speaks for all
+        print(json.dumps(result.summary, indent=2) if options.json else describe(result.summary))
+    return EXIT_DONE if result.ok else EXIT_BAD_INPUT
+
+
 def convert(options: argparse.Namespace) -> int:
     """Write a trained model as step 0 of a run."""
     from mpotrain.config import load_config
