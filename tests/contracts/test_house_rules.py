@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = sorted((ROOT / "mpotrain").rglob("*.py"))
 EVERYTHING = [
     *PACKAGE,
+    *sorted((ROOT / "launcher").rglob("*.py")),
+    *sorted((ROOT / "slurm").rglob("*.py")),
     *sorted((ROOT / "tests").rglob("*.py")),
     *(ROOT / "benchmarks").glob("*.py"),
 ]
