@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint format bench clean help
+.PHONY: demo test lint format bench slurm-packages slurm-lab clean help
 
 help:
 	@echo "make demo   pretrain a small tensorized GPT-2 on text found on this machine (CPU, minutes)"
@@ -12,12 +12,13 @@ help:
 	@echo "make lint   lint, types and import contracts alone"
 	@echo "make format format the code"
 	@echo "make bench  quick benchmarks"
+	@echo "make slurm-lab  start a SLURM cluster of virtual nodes on this machine (root)"
 	@echo "make clean  remove the virtual environment and caches"
 
 demo: $(VENV)/.installed
 	$(BIN)/mpotrain demo
 
-test: lint
+test: lint slurm-packages
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed-dev
@@ -47,6 +48,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable '.[dev]'
 	@touch $@
+
+# Tests on a SLURM cluster are left out, with the reason, where its packages cannot be installed.
+slurm-packages:
+	@slurm/lab/install.sh || echo "tests on a SLURM cluster will be left out"
+
+slurm-lab: $(VENV)/.installed-dev slurm-packages
+	@$(BIN)/python slurm/lab up 4 >/dev/null
+	@$(BIN)/python slurm/lab status
+	@echo
+	@echo 'in this shell:   eval "$$($(BIN)/python slurm/lab env)"'
+	@echo 'how to go on:    docs/slurm-lab.md'
+	@echo 'take it down:    $(BIN)/python slurm/lab down'
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
