@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from slurm.lab_fixture import SlurmLab
+from slurm.scenario import full
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_STEP = """#!/bin/bash
@@ -165,6 +166,7 @@ def test_a_cable_cut_between_two_checks_is_named(preflight: Preflight) -> None:
     assert pairs["node1", "node2"] is None
 
 
+@full
 def test_a_cable_cut_before_the_start_is_named_by_a_step_for_each_node(
     preflight: Preflight,
 ) -> None:
