@@ -19,6 +19,7 @@ from launcher.journal import PATIENT_ATTEMPTS, PAUSE_SECONDS
 from launcher.plan_check import load_run
 from launcher.restart import NewJob
 from launcher.rival import lock_patience
+from launcher.run_arguments import add_run
 from launcher.slurm_control import SlurmControl
 from launcher.supervisor import BatchRun, Supervisor
 from mpotrain.config import dump_config
@@ -28,22 +29,9 @@ logger = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="run file (TOML)")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        default=[],
-        help="settings laid over the run file",
-    )
-    parser.add_argument(
-        "--cluster",
-        type=Path,
-        metavar="FILE",
-        help="cluster file (TOML); without one the job's own options say how many ranks to start",
-    )
-    parser.add_argument(
-        "--task", choices=["train", "tune"], default="train", help="what the run does"
+    add_run(
+        parser,
+        without_cluster="; without one the job's own options say how many ranks to start",
     )
     parser.add_argument(
         "--continues",

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import subprocess
 
 from launcher.commands import Command
 from launcher.launch_error import LaunchError
-from launcher.slurm_call import Reply, job_id_of
+from launcher.slurm_call import call, job_id_of
 from launcher.surroundings import without_job
 
 TIMEOUT_SECONDS = 120
 """A controller under load may take a minute to answer."""
+_LOOK = "see with squeue whether the job was queued before you try again"
 
 
 class UnclearAnswerError(LaunchError):
@@ -28,35 +28,18 @@ def run_sbatch(command: Command) -> str:
         UnclearAnswerError: SLURM does not answer, or answers something else.
         LaunchError: SLURM refuses the job.
     """
-    try:
-        done = subprocess.run(
-            command.argv,
-            env=without_job(os.environ) | dict(command.environment),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=TIMEOUT_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise UnclearAnswerError(
-            f"sbatch has not answered within {TIMEOUT_SECONDS} s; see with squeue whether the job "
-            "was queued before you try again"
-        ) from error
-    except OSError as error:
-        raise LaunchError(f"sbatch cannot be run ({error.strerror or error})") from error
-    if done.returncode != 0:
-        said = done.stderr.decode(errors="replace").strip() or f"exit code {done.returncode}"
-        if Reply(problem=said).is_unclear:
-            raise UnclearAnswerError(
-                f"sbatch has got no answer ({said}); see with squeue whether the job was queued "
-                "before you try again"
-            )
+    reply = call(
+        command.argv,
+        seconds=TIMEOUT_SECONDS,
+        environment=without_job(os.environ) | dict(command.environment),
+    )
+    said = reply.problem.removeprefix(f"{command.argv[0]}: ")
+    if reply.is_unclear:
+        raise UnclearAnswerError(f"sbatch has got no answer ({said}); {_LOOK}")
+    if not reply.ok:
         raise LaunchError(f"sbatch refuses the job: {said}")
-    answer = done.stdout.decode(errors="replace").strip()
-    job_id = job_id_of(answer)
+    job_id = job_id_of(reply.output)
     if job_id is None:
-        raise UnclearAnswerError(
-            f"sbatch answers {answer!r}, which is no job id; see with squeue whether the job was "
-            "queued before you try again"
-        )
+        answer = reply.output.strip()
+        raise UnclearAnswerError(f"sbatch answers {answer!r}, which is no job id; {_LOOK}")
     return job_id

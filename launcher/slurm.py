@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from launcher.dry_run import shell_text
 from launcher.job import JobFacts, master_port
 from launcher.launch_folder import LaunchFolder
+from launcher.run_arguments import add_run
 from launcher.saved_run import refuse_finished
 from launcher.slurm_commands import step_command
 from launcher.submission import (
@@ -24,20 +24,7 @@ from mpotrain.errors import EXIT_DONE
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="run file (TOML)")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="key=value",
-        help="settings laid over the run file",
-    )
-    parser.add_argument(
-        "--cluster", type=Path, required=True, metavar="FILE", help="cluster file (TOML)"
-    )
-    parser.add_argument(
-        "--task", choices=["train", "tune"], default="train", help="what the run does"
-    )
+    add_run(parser, needs_cluster=True)
     parser.add_argument("--name", help="name of the job (default: that of the run)")
     parser.add_argument(
         "--after",

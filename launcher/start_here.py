@@ -15,6 +15,7 @@ from launcher.dry_run import shell_text
 from launcher.launch_error import LaunchError
 from launcher.life_log import read_outcome
 from launcher.plan_check import check_plan, load_run
+from launcher.run_arguments import add_run
 from launcher.run_folder import OUTCOME_FILE
 from mpotrain.config import RunSettings
 from mpotrain.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
@@ -101,18 +102,7 @@ class StartHere:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that all starts on this machine have."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="run file (TOML)")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="key=value",
-        help="settings laid over the run file",
-    )
-    parser.add_argument("--cluster", type=Path, metavar="FILE", help="cluster file (TOML)")
-    parser.add_argument(
-        "--task", choices=["train", "tune"], default="train", help="what the run does"
-    )
+    add_run(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the command; start nothing")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launcher.commands import Command
 from launcher.dry_run import shell_text
+from launcher.run_arguments import add_overrides
 from launcher.sbatch_call import UnclearAnswerError
 from launcher.slurm_queue import SlurmQueue
 from launcher.sweep_file import load_sweep
@@ -21,13 +22,7 @@ from mpotrain.errors import EXIT_DONE, ConfigError, MpotrainError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `sweep`."""
     parser.add_argument("file", type=Path, metavar="FILE", help="sweep file (TOML)")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        default=[],
-        help="settings laid over all runs",
-    )
+    add_overrides(parser, "all runs")
     parser.add_argument(
         "--cluster", type=Path, required=True, metavar="FILE", help="cluster file (TOML)"
     )
