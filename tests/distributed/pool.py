@@ -115,12 +115,14 @@ class RankPool:
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
         deadline = time.monotonic() + timeout
+        dead: list[int] = []
         while len(results) < world:
-            # After a first failure the others get a moment to tell theirs: theirs may be the cause.
-            wait = 2.0 if failures else deadline - time.monotonic()
+            wait = deadline - time.monotonic()
             try:
                 rank, ok, value = self._results.get(timeout=max(0.1, min(wait, 1.0)))
             except queue.Empty:
+                # After a first failure the others had a moment to tell theirs: theirs may be the
+                # cause.
                 dead = [n for n, w in enumerate(self._workers[:world]) if not w.is_alive()]
                 if failures or dead:
                     break
@@ -134,11 +136,12 @@ class RankPool:
                 failures[rank] = value
             if len(results) + len(failures) == world:
                 break
-        if failures:
-            text = "\n".join(f"rank {rank}:\n{failures[rank]}" for rank in sorted(failures))
-            raise RankError(text)
-        if len(results) < world:
-            raise RankError(f"ranks {sorted(set(range(world)) - set(results))} died")
+        said = [f"rank {rank}:\n{failures[rank]}" for rank in sorted(failures)]
+        if dead:
+            # A peer that waits for a dead rank has not failed: it is not counted among the dead.
+            said.insert(0, f"ranks {dead} died")
+        if said:
+            raise RankError("\n".join(said))
         return [results[rank] for rank in range(world)]
 
 

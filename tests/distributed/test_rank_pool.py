@@ -35,10 +35,12 @@ def fail_on_rank_1(world: World) -> None:
     world.barrier()
 
 
-def die_on_rank_1(world: World) -> None:
+def die_on_rank_1(world: World, told: bool) -> None:
     if world.rank == 1:
         os._exit(3)
-    world.barrier()
+    if told:
+        world.barrier()
+    time.sleep(60)
 
 
 def sleep(world: World, seconds: float) -> None:
@@ -71,11 +73,14 @@ def test_failure_carries_rank_and_traceback_and_pool_recovers(run_ranks: Any) ->
     assert run_ranks(2)(talk, 1)[0]["sum"] == 3.0
 
 
-def test_dead_worker_is_reported() -> None:
+@pytest.mark.parametrize("told", [True, False], ids=["peer fails", "peer waits"])
+def test_dead_worker_is_reported(told: bool) -> None:
     pool = RankPool()
     try:
-        with pytest.raises(RankError, match=r"\[1\] died|rank 0:"):
-            pool.run(2, die_on_rank_1)
+        # The peer learns of the death, or is busy and says nothing until all is over: the dead
+        # rank is named either way, and it alone.
+        with pytest.raises(RankError, match=r"^ranks \[1\] died(\nrank 0:|$)"):
+            pool.run(2, die_on_rank_1, told)
         assert pool.pids == []
     finally:
         pool.close()
