@@ -91,9 +91,21 @@ def train_variants(
 
 def _run(command: list[str]) -> int:
     """Run a child to its end; passes SIGTERM on, and lets it save after Ctrl-C."""
-    child = subprocess.Popen(command)
-    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    children: list[subprocess.Popen[bytes]] = []
+    warnings: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        warnings.append(number)
+        for child in children:
+            child.terminate()
+
+    # Before the child: a signal that comes while it starts is passed on as soon as it has.
+    before = signal.signal(signal.SIGTERM, pass_on)
     try:
+        child = subprocess.Popen(command)
+        children.append(child)
+        if warnings:
+            child.terminate()
         while True:
             try:
                 return child.wait()
