@@ -6,8 +6,9 @@ It is read like a run file: TOML, `extends`, strict, every mistake at once with 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -18,13 +19,14 @@ from launcher.cluster_problems import (
     memory_problems,
     module_problems,
     node_list_problems,
+    path_problems,
     text_problems,
 )
 from launcher.containers import ContainerConfig, NoContainer
 from launcher.policies import LivesConfig, PreflightConfig
 from launcher.slurm_time import seconds_of
 from mpotrain.config_file import dump
-from mpotrain.schema import config
+from mpotrain.schema import collect_problems, config
 
 __all__ = [
     "ClusterConfig",
@@ -36,6 +38,12 @@ __all__ = [
 ]
 
 Flavour = Literal["srun", "torchrun", "deepspeed"]
+
+_LEAST = {"nodes": 1, "gpus_per_node": 0, "ranks_per_node": 1, "cpus_per_rank": 1}
+_TEXTS = (
+    *("memory", "partition", "account", "qos", "constraint", "reservation", "exclude"),
+    *("python", "network"),
+)
 
 
 @config
@@ -119,59 +127,65 @@ class ClusterConfig:
 
     def problems(self) -> list[str]:
         """Return everything wrong with the file, one line each, beginning with the dotted key."""
-        found = list(self._count_problems())
-        found += text_problems(
-            {
-                key: getattr(self, key)
-                for key in (
-                    "memory", "partition", "account", "qos", "constraint", "reservation",
-                    "exclude", "python", "network",
-                )
-            }
-        )  # fmt: skip
-        found += memory_problems(self.memory, "memory")
-        found += node_list_problems(self.exclude, "exclude")
-        found += self._time_problems()
-        found += extra_problems(self.extra, "extra")
-        found += module_problems(self.modules, "modules")
-        found += environment_problems(self.environment, "environment")
-        found += self.container.problems("container")
-        found += self.lives.problems("lives")
-        found += self.preflight.problems("preflight")
-        if self.lives.worker_restarts > 0 and self.launcher != "torchrun":
-            found.append(
-                f"lives.worker_restarts: {self.lives.worker_restarts}, but launcher "
-                f'"{self.launcher}" cannot start ranks anew inside a life; use '
-                'launcher="torchrun", or 0'
-            )
-        return found
+        return collect_problems(
+            *(partial(self._least_problems, key, least) for key, least in _LEAST.items()),
+            self._gpu_problems,
+            *(partial(self._text_problems, key) for key in _TEXTS),
+            lambda: path_problems({"python": self.python}),
+            lambda: memory_problems(self.memory, "memory"),
+            lambda: node_list_problems(self.exclude, "exclude"),
+            self._time_problems,
+            self._warning_problems,
+            lambda: extra_problems(self.extra, "extra"),
+            lambda: module_problems(self.modules, "modules"),
+            lambda: environment_problems(self.environment, "environment"),
+            lambda: self.container.problems("container"),
+            lambda: self.lives.problems("lives"),
+            lambda: self.preflight.problems("preflight"),
+            self._worker_problems,
+        )
 
-    def _count_problems(self) -> Iterator[str]:
-        least = {"nodes": 1, "gpus_per_node": 0, "ranks_per_node": 1, "cpus_per_rank": 1}
-        for key, value in least.items():
-            given = getattr(self, key)
-            if given is not None and given < value:
-                yield f"{key}: must be at least {value}, is {given}"
-        if self.gpus_per_node > 0 and self.local_ranks > self.gpus_per_node:
-            yield (
-                f"ranks_per_node: {self.local_ranks} ranks on {self.gpus_per_node} GPUs "
-                "(gpus_per_node); every rank needs a GPU of its own"
-            )
+    def _least_problems(self, key: str, least: int) -> list[str]:
+        given = getattr(self, key)
+        if given is None or given >= least:
+            return []
+        return [f"{key}: must be at least {least}, is {given}"]
+
+    def _gpu_problems(self) -> list[str]:
+        if self.gpus_per_node <= 0 or self.local_ranks <= self.gpus_per_node:
+            return []
+        return [
+            f"ranks_per_node: {self.local_ranks} ranks on {self.gpus_per_node} GPUs "
+            "(gpus_per_node); every rank needs a GPU of its own"
+        ]
+
+    def _text_problems(self, key: str) -> list[str]:
+        return text_problems({key: getattr(self, key)})
 
     def _time_problems(self) -> list[str]:
-        if self.time is None:
+        if self.time is None or seconds_of(self.time):
             return []
-        seconds = seconds_of(self.time)
-        if seconds is None or seconds == 0:
-            return [
-                f"time: {self.time!r} is no time limit; write minutes, HOURS:MM:SS or DAYS-HH:MM:SS"
-            ]
-        if seconds <= self.lives.warning_seconds:
-            return [
-                f"time: {self.time} is {seconds} s, not longer than the warning before its end "
-                f"(lives.warning_seconds {self.lives.warning_seconds}): nothing would be trained"
-            ]
-        return []
+        return [
+            f"time: {self.time!r} is no time limit; write minutes, HOURS:MM:SS or DAYS-HH:MM:SS"
+        ]
+
+    def _warning_problems(self) -> list[str]:
+        seconds = None if self.time is None else seconds_of(self.time)
+        if not seconds or seconds > self.lives.warning_seconds:
+            return []
+        return [
+            f"time: {self.time} is {seconds} s, not longer than the warning before its end "
+            f"(lives.warning_seconds {self.lives.warning_seconds}): nothing would be trained"
+        ]
+
+    def _worker_problems(self) -> list[str]:
+        restarts = self.lives.worker_restarts
+        if restarts <= 0 or self.launcher == "torchrun":
+            return []
+        return [
+            f'lives.worker_restarts: {restarts}, but launcher "{self.launcher}" cannot start ranks '
+            'anew inside a life; use launcher="torchrun", or 0'
+        ]
 
 
 def load_cluster(path: Path, overrides: Sequence[str] = ()) -> ClusterConfig:

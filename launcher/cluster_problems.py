@@ -76,6 +76,24 @@ def text_problems(texts: Mapping[str, str | None]) -> list[str]:
     return found
 
 
+def path_problems(paths: Mapping[str, str | None]) -> list[str]:
+    """Return which paths would need a shell, which none of them meets.
+
+    Args:
+        paths: by dotted key; what is shown inside of a container may be several of them, each
+            `SOURCE:TARGET`. None is left out.
+    """
+    found = []
+    for key, path in paths.items():
+        # The user name of NVIDIA's registry of images.
+        parts = re.split("[:,]", (path or "").replace("$oauthtoken@", ""))
+        if any(part.startswith("~") or "$" in part for part in parts):
+            found.append(
+                f"{key}: {path!r} is seen by no shell; write the whole path, without ~ and $"
+            )
+    return found
+
+
 def memory_problems(memory: str | None, where: str) -> list[str]:
     """Return why a text is no memory of a node, as SLURM takes it.
 

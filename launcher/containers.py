@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from launcher.cluster_problems import path_problems
 from mpotrain.schema import config
 
 
@@ -86,6 +87,9 @@ class ApptainerContainer:
             for index, bind in enumerate(self.binds)
             if not bind.strip()
         ]
+        found += path_problems(
+            {f"{where}.binds[{index}]": bind for index, bind in enumerate(self.binds)}
+        )
         found += [
             f"{where}.options[{index}]: {option!r} is no option of apptainer; it must begin with -"
             for index, option in enumerate(self.options)
@@ -141,6 +145,9 @@ class PyxisContainer:
             for index, mount in enumerate(self.mounts)
             if not mount.strip() or "," in mount
         ]
+        found += path_problems(
+            {f"{where}.mounts[{index}]": mount for index, mount in enumerate(self.mounts)}
+        )
         return found
 
 
@@ -155,4 +162,4 @@ def _image_problems(image: str, python: str, where: str) -> list[str]:
         found.append(f"{where}.image: {image!r} names no image")
     if not python.strip():
         found.append(f"{where}.python: is empty; name the interpreter inside the image")
-    return found
+    return found + path_problems({f"{where}.image": image, f"{where}.python": python})

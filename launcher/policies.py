@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
-from mpotrain.schema import config
+from mpotrain.schema import collect_problems, config
 
 SHORTEST_CHECK = 10
 """Seconds that `mpotrain preflight` needs to tell a slow node from a dead one."""
@@ -63,22 +64,32 @@ class LivesConfig:
             "srun_wait_seconds": 1,
             "worker_restarts": 0,
         }
-        found = [
-            f"{where}.{key}: must be at least {value}, is {getattr(self, key)}"
-            for key, value in least.items()
-            if getattr(self, key) < value
-        ]
-        if self.seconds_to_save < 1:
-            found.append(f"{where}.grace_seconds: must be at least 1, is {self.grace_seconds}")
-        if self.warning_seconds > 65_535:
-            found.append(
-                f"{where}.warning_seconds: {self.warning_seconds}, but SLURM takes at most 65535"
+
+        def at_least(key: str, value: int) -> list[str]:
+            given = getattr(self, key)
+            return (
+                [] if given >= value else [f"{where}.{key}: must be at least {value}, is {given}"]
             )
-        if self.seconds_to_save > max(1, self.warning_seconds):
+
+        return collect_problems(
+            *(partial(at_least, key, value) for key, value in least.items()),
+            lambda: self._grace_problems(f"{where}.grace_seconds"),
+            lambda: self._warning_problems(where),
+        )
+
+    def _grace_problems(self, where: str) -> list[str]:
+        if self.seconds_to_save >= 1:
+            return []
+        return [f"{where}: must be at least 1, is {self.grace_seconds}"]
+
+    def _warning_problems(self, where: str) -> list[str]:
+        found, warning = [], self.warning_seconds
+        if warning > 65_535:
+            found.append(f"{where}.warning_seconds: {warning}, but SLURM takes at most 65535")
+        if self.seconds_to_save > max(1, warning):
             found.append(
-                f"{where}.grace_seconds: {self.grace_seconds} is longer than the "
-                f"{self.warning_seconds} seconds that {where}.warning_seconds leaves before the "
-                "time limit"
+                f"{where}.grace_seconds: {self.grace_seconds} is longer than the {warning} seconds "
+                f"that {where}.warning_seconds leaves before the time limit"
             )
         return found
 
@@ -115,14 +126,17 @@ class PreflightConfig:
             "min_bandwidth_gib_per_s",
             "max_clock_skew_seconds",
         )
-        found = [
-            f"{where}.{key}: must not be negative, is {getattr(self, key)}"
-            for key in limits
-            if getattr(self, key) < 0
-        ]
-        if self.timeout_seconds < SHORTEST_CHECK:
-            found.append(
-                f"{where}.timeout_seconds: must be at least {SHORTEST_CHECK}, is "
-                f"{self.timeout_seconds}"
-            )
-        return found
+
+        def not_negative(key: str) -> list[str]:
+            given = getattr(self, key)
+            return [] if given >= 0 else [f"{where}.{key}: must not be negative, is {given}"]
+
+        return collect_problems(
+            *(partial(not_negative, key) for key in limits),
+            lambda: self._timeout_problems(f"{where}.timeout_seconds"),
+        )
+
+    def _timeout_problems(self, where: str) -> list[str]:
+        if self.timeout_seconds >= SHORTEST_CHECK:
+            return []
+        return [f"{where}: must be at least {SHORTEST_CHECK}, is {self.timeout_seconds}"]

@@ -17,13 +17,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from launcher.commands import Task
 from mpotrain.config_file import validate
 from mpotrain.layered_toml import LayeredTable, read_layers
-from mpotrain.schema import config
+from mpotrain.schema import collect_problems, config
 
 SINGLE_STAGE = "runs"
 """Name of the only stage of a sweep file without `stages`."""
@@ -127,18 +128,28 @@ class SweepConfig:
 
     def problems(self) -> list[str]:
         """Return everything wrong with the file, one line each, beginning with the dotted key."""
-        found = [] if self.folder.strip() else ["folder: is empty"]
-        if self.run is None and not self.stages:
-            found.append("run: is not set; name a run file, or write [stages.NAME] tables")
+        taken = ("run", "name", "fixed", "grid", "include", "exclude")
+        return collect_problems(
+            lambda: [] if self.folder.strip() else ["folder: is empty"],
+            self._run_problems,
+            *(partial(self._beside_problems, key) for key in taken),
+            self._stage_problems,
+        )
+
+    def _run_problems(self) -> list[str]:
         if self.run is not None:
-            found += self.all_stages()[SINGLE_STAGE].problems("")
+            return self.all_stages()[SINGLE_STAGE].problems("")
         if self.stages:
-            taken = ("run", "name", "fixed", "grid", "include", "exclude")
-            found += [
-                f"{key}: stands beside `stages`; move it into a stage"
-                for key in taken
-                if getattr(self, key)
-            ]
+            return []
+        return ["run: is not set; name a run file, or write [stages.NAME] tables"]
+
+    def _beside_problems(self, key: str) -> list[str]:
+        if not self.stages or not getattr(self, key):
+            return []
+        return [f"{key}: stands beside `stages`; move it into a stage"]
+
+    def _stage_problems(self) -> list[str]:
+        found = []
         for name, stage in self.stages.items():
             where = f"stages.{name}"
             if _STAGE_NAME.fullmatch(name) is None:

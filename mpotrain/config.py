@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,10 +19,9 @@ from mpotrain.errors import ConfigError
 from mpotrain.layered_toml import LayeredTable, read_layers
 from mpotrain.models.config import ModelConfig
 from mpotrain.models.encoder_config import EncoderConfig
-from mpotrain.nn.moe.config import MoEConfig
 from mpotrain.parallel.plan import ParallelConfig, batch_problems
 from mpotrain.sample import SampleLengths
-from mpotrain.schema import config
+from mpotrain.schema import collect_problems, config
 from mpotrain.train.config import TrainConfig
 
 
@@ -87,34 +87,36 @@ class RunConfig:
         Args:
             world_size: number of processes where it is known.
         """
-        sections = [
-            *self.model.problems("model"),
-            *self.data.problems("data"),
-            *self.train.problems("train"),
-            *self.parallel.problems("parallel"),
-        ]
-        found = [f"{key}: is empty" for key in ("name", "folder") if not getattr(self, key).strip()]
-        found += [
+        network = collect_problems(lambda: self.model.problems("model"))
+        sections = network + collect_problems(
+            lambda: self.data.problems("data"),
+            lambda: self.train.problems("train"),
+            lambda: self.parallel.problems("parallel"),
+        )
+        return [
+            *empty_problems(self, ("name", "folder")),
             *sections,
-            *self.checkpoint.problems("checkpoint"),
-            *engine_problems(self.engine, world_size, "engine"),
-            *uncut_problems(self.engine, self.parallel),
+            *collect_problems(
+                lambda: self.checkpoint.problems("checkpoint"),
+                lambda: engine_problems(self.engine, world_size, "engine"),
+                lambda: uncut_problems(self.engine, self.parallel),
+                self._objective_problems,
+                # Sizes that are wrong in themselves would be wrong once more for every degree.
+                lambda: [] if sections else self._megatron_problems(world_size),
+                lambda: self._expert_problems(world_size),
+                lambda: [] if network else self._mask_problems(),
+                lambda: world_problems(self, world_size),
+            ),
         ]
-        found += self._objective_problems()
-        if isinstance(self.engine, MegatronConfig) and not sections:
-            # Sizes that are wrong in themselves would be wrong once more for every degree.
-            found += megatron_problems(self._layout(world_size))
-            found += self._update_problems(self.engine)
-        found += self._expert_problems(self.model.moe, world_size)
-        if world_size is not None:
-            found += batch_problems(
-                self.train.global_batch_size, self.train.micro_batch_size, world_size, self.parallel
-            )
-        return found
 
     def sample_lengths(self) -> SampleLengths:
         """Return how long a sample is for each part of the network."""
         return self.data.objective.lengths(self.data.sequence_length)
+
+    def _megatron_problems(self, world_size: int | None) -> list[str]:
+        if not isinstance(self.engine, MegatronConfig):
+            return []
+        return megatron_problems(self._layout(world_size)) + self._update_problems(self.engine)
 
     def _layout(self, world_size: int | None) -> Layout:
         return Layout(
@@ -175,16 +177,48 @@ class RunConfig:
                 )
         return found
 
-    def _expert_problems(self, moe: MoEConfig | None, world_size: int | None) -> list[str]:
-        """Return what is wrong between mixtures, the engine and the mask of central tensors."""
+    def _expert_problems(self, world_size: int | None) -> list[str]:
+        """Return what is wrong between mixtures and the engine."""
+        moe = self.model.moe
         num_experts = None if moe is None else moe.num_experts
-        found = expert_problems(self.engine, self.parallel.expert, num_experts, world_size)
-        if self.train.central_mask.probability > 0 and not self.model.has_central_tensors():
-            found.append(
-                f"train.central_mask.probability: {self.train.central_mask.probability}, but no "
-                "site of the model has a central tensor; set it to 0, or tensorize a site"
-            )
-        return found
+        return expert_problems(self.engine, self.parallel.expert, num_experts, world_size)
+
+    def _mask_problems(self) -> list[str]:
+        """Return what is wrong between the network and the mask of central tensors."""
+        probability = self.train.central_mask.probability
+        if probability <= 0 or self.model.has_central_tensors():
+            return []
+        return [
+            f"train.central_mask.probability: {probability}, but no site of the model has a "
+            "central tensor; set it to 0, or tensorize a site"
+        ]
+
+
+def empty_problems(run: object, keys: Sequence[str]) -> list[str]:
+    """Return which texts at the top of a run file are empty, one line each.
+
+    Args:
+        run: the run.
+        keys: names of the texts.
+    """
+
+    def check(key: str) -> list[str]:
+        return [] if getattr(run, key).strip() else [f"{key}: is empty"]
+
+    return collect_problems(*(partial(check, key) for key in keys))
+
+
+def world_problems(run: RunSettings, world_size: int | None) -> list[str]:
+    """Return why the batch of a run cannot be cut over its ranks, one line each.
+
+    Args:
+        run: the run.
+        world_size: number of processes; None = not known yet.
+    """
+    if world_size is None:
+        return []
+    train = run.train
+    return batch_problems(train.global_batch_size, train.micro_batch_size, world_size, run.parallel)
 
 
 def vocabulary_problem(run: RunConfig, vocab_size: int, where: str) -> str | None:
@@ -216,8 +250,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         The validated run.
 
     Raises:
-        ConfigError: with every mistake of form (unknown keys, wrong types) and, where the form is
-            right, every mistake of content, each with its file and dotted key.
+        ConfigError: with every mistake of form (unknown keys, wrong types) and every mistake of
+            content in what has no mistake of form, each with its file and dotted key.
     """
     table = read_layers(path, overrides)
     if "task" in table.data and "model" not in table.data:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
-import types
+import re
 import typing
 from collections.abc import Sequence
-from typing import Annotated, Any, Protocol, TypeVar, get_args, get_origin
+from typing import Any, Protocol, TypeVar, get_args, get_origin
 
 import tomli_w
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from mpotrain.config_parts import adapter_of, as_json, member_of, problems_of_sound_parts
 from mpotrain.errors import ConfigError
 from mpotrain.layered_toml import LayeredTable
 from mpotrain.schema import to_dict
@@ -32,9 +32,6 @@ class Checked(Protocol):
 
 T = TypeVar("T", bound=Checked)
 
-_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
-"""Building one costs a tenth of a second; each class has its own for the life of the process."""
-
 
 def validate(kind: type[T], table: LayeredTable) -> T:
     """Turn a merged table into a configuration.
@@ -47,22 +44,38 @@ def validate(kind: type[T], table: LayeredTable) -> T:
         The validated object.
 
     Raises:
-        ConfigError: with every mistake of form (unknown keys, wrong types) and, where the form is
-            right, every mistake of content, each with its file and dotted key.
+        ConfigError: with every mistake of form (unknown keys, wrong types) and every mistake of
+            content in what has no mistake of form, each with its file and dotted key.
     """
     _name_kinds(kind, table.data)
     try:
-        # JSON mode takes arrays for tuples and stays strict about numbers.
-        found: T = _adapter(kind).validate_json(json.dumps(table.data, default=_refuse))
+        found: T = adapter_of(kind).validate_json(as_json(table.data))
     except ValidationError as error:
-        raise ConfigError(
-            [_explain(detail, kind, table) for detail in error.errors(include_url=False)]
-        ) from error
-    problems = found.problems()
-    if problems:
-        located = [f"{table.source_of(line.partition(':')[0])}: {line}" for line in problems]
-        raise ConfigError(located)
+        form = [_explain(detail, kind, table) for detail in error.errors(include_url=False)]
+        content = problems_of_sound_parts(kind, table)
+        raise ConfigError(_located([*form, *content], kind, table)) from error
+    if problems := found.problems():
+        raise ConfigError(_located(problems, kind, table))
     return found
+
+
+def _located(lines: Sequence[str], kind: type[Any], table: LayeredTable) -> list[str]:
+    """Put lines that begin with dotted keys in the order of the file's sections, with their files.
+
+    Keys that the files do not set come last, in the order of the class.
+    """
+    order = [*table.data, *(field.name for field in dataclasses.fields(kind))]
+
+    def place(line: str) -> int:
+        section = re.split(r"[.\[:]", line, maxsplit=1)[0]
+        return order.index(section) if section in order else len(order)
+
+    return [f"{table.source_of(_key_of(line))}: {line}" for line in sorted(lines, key=place)]
+
+
+def _key_of(line: str) -> str:
+    """Return the dotted key that a line is about, without places in lists."""
+    return re.sub(r"\[\d+\]", "", line.partition(":")[0])
 
 
 def _name_kinds(kind: type[Any], data: dict[str, Any]) -> None:
@@ -78,7 +91,7 @@ def _name_kinds(kind: type[Any], data: dict[str, Any]) -> None:
         default = getattr(field.default, "kind", None)
         if default is not None:
             inner.setdefault("kind", default)
-        member = _member(hints[field.name], inner)
+        member = member_of(hints[field.name], inner)
         if dataclasses.is_dataclass(member) and isinstance(member, type):
             _name_kinds(member, inner)
 
@@ -105,36 +118,24 @@ def leaves(configuration: object) -> dict[str, Any]:
 
 def json_schema(kind: type[Any]) -> dict[str, Any]:
     """Return the JSON schema of a configuration class (without `extends`)."""
-    return _adapter(kind).json_schema()
-
-
-def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
-    if kind not in _ADAPTERS:
-        _ADAPTERS[kind] = TypeAdapter(kind)
-    return _ADAPTERS[kind]
-
-
-def _refuse(value: object) -> str:
-    """Write dates as text, which no field accepts silently; TOML has no other foreign types."""
-    return f"{type(value).__name__} {value}"
+    return adapter_of(kind).json_schema()
 
 
 def _explain(detail: ErrorDetails, kind: type[Any], table: LayeredTable) -> str:
-    """Turn one pydantic error into `file: dotted.key: what is wrong`."""
+    """Turn one pydantic error into `dotted.key: what is wrong`."""
     path = _key_path(detail["loc"], table.data)
     dotted = ".".join(path)
-    source = table.source_of(dotted)
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _fields_at(kind, path[:-1], table.data)
         close = difflib.get_close_matches(path[-1], known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-        return f"{source}: {dotted}: unknown key{hint}"
+        return f"{dotted}: unknown key{hint}"
     if detail["type"] in ("missing", "missing_argument"):
-        return f"{source}: {dotted}: required, but not set"
+        return f"{dotted}: required, but not set"
     shown = repr(detail["input"])
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     message = detail["msg"][0].lower() + detail["msg"][1:]
-    return f"{source}: {dotted or 'run file'}: {message}, got {shown}"
+    return f"{dotted or 'run file'}: {message}, got {shown}"
 
 
 def _key_path(location: tuple[int | str, ...], data: Any) -> list[str]:
@@ -158,20 +159,11 @@ def _fields_at(kind: type[Any], path: Sequence[str], data: Any) -> list[str]:
         if part.isdigit():
             current = get_args(current)[0]
             data = data[int(part)]
+        elif get_origin(current) is dict:
+            current = get_args(current)[1]
+            data = data[part]
         else:
             current = typing.get_type_hints(current, include_extras=True)[part]
             data = data.get(part, {})
-        current = _member(current, data)
+        current = member_of(current, data)
     return [field.name for field in dataclasses.fields(current)]
-
-
-def _member(hint: Any, data: Any) -> Any:
-    """Return the member of a (tagged, optional, annotated) union that `data` selects."""
-    if get_origin(hint) is Annotated:
-        hint = get_args(hint)[0]
-    if get_origin(hint) not in (typing.Union, types.UnionType):
-        return hint
-    members = [member for member in get_args(hint) if dataclasses.is_dataclass(member)]
-    kind = data.get("kind") if isinstance(data, dict) else None
-    named = [m for m in members if kind in get_args(typing.get_type_hints(m).get("kind"))]
-    return (named or members)[0]

@@ -42,6 +42,10 @@ class LayeredTable:
                 return inside[-1]
         return next(iter(self.sources.values()), "run file")
 
+    def sets(self, key: str) -> bool:
+        """Return whether `key`, or a key below it, was set."""
+        return any(known == key or known.startswith(f"{key}.") for known in self.sources)
+
     def merge(self, other: dict[str, Any], source: str) -> None:
         """Lay the table `other`, written in `source`, over this one."""
         self._merge_into(self.data, other, source, "")

@@ -8,6 +8,7 @@ string under a field is its documentation and its text in the JSON schema.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict
@@ -20,6 +21,29 @@ STRICT = ConfigDict(
     use_attribute_docstrings=True,
     allow_inf_nan=False,
 )
+
+
+class UnsoundKeyError(Exception):
+    """A check reads a key whose form is wrong, so it has nothing to say until that is mended."""
+
+
+def collect_problems(*checks: Callable[[], Iterable[str]]) -> list[str]:
+    """Return what checks have to say, each of which can be made without the others.
+
+    Args:
+        checks: functions that return problems; one that reads a key whose form is wrong
+            (`UnsoundKeyError`) has said nothing, and the others are made all the same.
+
+    Returns:
+        The lines of all checks in order.
+    """
+    found: list[str] = []
+    for check in checks:
+        try:
+            found += list(check())
+        except UnsoundKeyError:
+            continue
+    return found
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

@@ -11,7 +11,7 @@ from os.path import normpath
 from typing import Literal, TypeAlias
 
 from mpotrain.data.objective_config import CausalConfig, ObjectiveConfig
-from mpotrain.schema import config
+from mpotrain.schema import collect_problems, config
 
 MIN_TRAINED_VOCAB = 300
 """256 byte pieces, the control pieces and room for a few letters."""
@@ -57,25 +57,32 @@ class DataConfig:
 
     def problems(self, where: str) -> list[str]:
         """Return every mistake in this section as lines that begin with the dotted key."""
+        return collect_problems(
+            lambda: self._source_problems(f"{where}.sources"),
+            lambda: self._length_problems(f"{where}.sequence_length"),
+            lambda: seed_problems(self.seed, where),
+            lambda: self._split_problems(f"{where}.split"),
+            lambda: self.objective.problems(f"{where}.objective", self.sequence_length),
+        )
+
+    def _source_problems(self, where: str) -> list[str]:
         found = []
         if not self.sources:
-            found.append(f"{where}.sources: is empty; at least one prepared folder is needed")
+            found.append(f"{where}: is empty; at least one prepared folder is needed")
         for index, source in enumerate(self.sources):
-            found += source.problems(f"{where}.sources[{index}]")
+            found += source.problems(f"{where}[{index}]")
         paths = [normpath(source.path) for source in self.sources]
         found += [
-            f"{where}.sources[{index}].path: {path!r} is listed twice; add up the weights instead"
+            f"{where}[{index}].path: {path!r} is listed twice; add up the weights instead"
             for index, path in enumerate(paths)
             if path in paths[:index]
         ]
-        if self.sequence_length < 1:
-            found.append(
-                f"{where}.sequence_length: is {self.sequence_length} but must be at least 1"
-            )
-        if not 0 <= self.seed <= MAX_SEED:
-            found.append(f"{where}.seed: is {self.seed} but must lie in 0..2^63-1")
-        found += self._split_problems(f"{where}.split")
-        return found + self.objective.problems(f"{where}.objective", self.sequence_length)
+        return found
+
+    def _length_problems(self, where: str) -> list[str]:
+        if self.sequence_length >= 1:
+            return []
+        return [f"{where}: is {self.sequence_length} but must be at least 1"]
 
     def _split_problems(self, where: str) -> list[str]:
         shown = list(self.split)
@@ -199,6 +206,12 @@ class PrepareConfig:
         ]
         if self.num_workers is not None and self.num_workers < 0:
             found.append(f"{where}.num_workers: is {self.num_workers} but must not be negative")
-        if not 0 <= self.seed <= MAX_SEED:
-            found.append(f"{where}.seed: is {self.seed} but must lie in 0..2^63-1")
+        found += seed_problems(self.seed, where)
         return found + self.tokenizer.problems(f"{where}.tokenizer")
+
+
+def seed_problems(seed: int, where: str) -> list[str]:
+    """Return why a number cannot be the seed of a section, `where` its dotted key."""
+    if 0 <= seed <= MAX_SEED:
+        return []
+    return [f"{where}.seed: is {seed} but must lie in 0..2^63-1"]

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import ClassVar, Literal
 
-from mpotrain.models.network import NetworkConfig, Objective, size_problems
+from mpotrain.models.network import (
+    NetworkConfig,
+    Objective,
+    head_problems,
+    positive_problems,
+    size_problems,
+)
 from mpotrain.models.sites import ParameterInfo, Site, site_parameters
 from mpotrain.nn.config import DenseSite, SiteConfig, site_problems
 from mpotrain.nn.moe.config import MoEConfig
@@ -16,8 +23,10 @@ from mpotrain.nn.sharing_config import (
     StartConfig,
 )
 from mpotrain.sample import SampleLengths
-from mpotrain.schema import config
+from mpotrain.schema import collect_problems, config
 
+SITE_NAMES = ("embedding", *BLOCK_FAMILIES)
+"""Families of `EncoderSites`."""
 SIZE_KEYS = (
     "vocab_size",
     "context_length",
@@ -290,28 +299,35 @@ class EncoderConfig(NetworkConfig):
         Args:
             where: dotted key of this section, at the head of every line.
         """
-        found = size_problems(self, where, SIZE_KEYS, ("dropout", "attention_dropout"))
-        found += [
-            f"{where}.{key}: must be positive, is {getattr(self, key)}"
-            for key in ("init_std", "norm_eps")
-            if getattr(self, key) <= 0
-        ]
-        if self.embedding_size is not None and self.embedding_size < 1:
-            found.append(f"{where}.embedding_size: must be at least 1, is {self.embedding_size}")
         # Beside a wrong size all checks go on that do not need it.
-        if min(self.hidden_size, self.num_heads) >= 1 and self.hidden_size % self.num_heads:
-            found.append(
-                f"{where}.num_heads: {self.num_heads} heads do not divide "
-                f"hidden_size {self.hidden_size}"
-            )
-        found += self.sharing.problems(f"{where}.sharing", self.num_layers)
-        found += self.start.problems(f"{where}.start", self.num_layers)
+        return [
+            *size_problems(self, where, SIZE_KEYS, ("dropout", "attention_dropout")),
+            *positive_problems(self, where, ("init_std", "norm_eps")),
+            *collect_problems(
+                lambda: self._embedding_problems(where),
+                lambda: head_problems(self.hidden_size, self.num_heads, where),
+                lambda: self.sharing.problems(f"{where}.sharing", self.num_layers),
+                lambda: self.start.problems(f"{where}.start", self.num_layers),
+                lambda: self._adapter_problems(f"{where}.adapter"),
+                *(partial(self._site_problems, where, family) for family in SITE_NAMES),
+                lambda: self._sharing_problems(where),
+            ),
+        ]
+
+    def _embedding_problems(self, where: str) -> list[str]:
+        if self.embedding_size is None or self.embedding_size >= 1:
+            return []
+        return [f"{where}.embedding_size: must be at least 1, is {self.embedding_size}"]
+
+    def _adapter_problems(self, where: str) -> list[str]:
+        if self.adapter is None:
+            return []
         shapes = {family: s for family, s in self.site_shapes().items() if min(s) >= 1}
-        if self.adapter is not None:
-            found += self.adapter.problems(f"{where}.adapter", shapes)
-        for family, shape in shapes.items():
-            found += site_problems(getattr(self.sites, family), shape, f"{where}.sites.{family}")
-        return found + self._sharing_problems(where)
+        return self.adapter.problems(where, shapes)
+
+    def _site_problems(self, where: str, family: str) -> list[str]:
+        choice, shape = getattr(self.sites, family), self.site_shapes()[family]
+        return site_problems(choice, shape, f"{where}.sites.{family}") if min(shape) >= 1 else []
 
     def _sharing_problems(self, where: str) -> list[str]:
         found = []

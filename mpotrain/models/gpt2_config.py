@@ -8,14 +8,21 @@ name, shape and role. Both feed `mpotrain plan` and build the modules; a test ho
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import ClassVar, Literal
 
-from mpotrain.models.network import NetworkConfig, Objective, size_problems
+from mpotrain.models.network import (
+    NetworkConfig,
+    Objective,
+    head_problems,
+    positive_problems,
+    size_problems,
+)
 from mpotrain.models.sites import ParameterInfo, Site, site_parameters
 from mpotrain.nn.config import DenseSite, SiteConfig, site_problems
 from mpotrain.nn.moe.config import MoEConfig
 from mpotrain.sample import SampleLengths
-from mpotrain.schema import config
+from mpotrain.schema import collect_problems, config
 
 SITE_NAMES = ("embedding", "qkv", "attention_out", "c_fc", "c_proj")
 SIZE_KEYS = (
@@ -193,31 +200,28 @@ class GPT2Config(NetworkConfig):
         Args:
             where: dotted key of this section, at the head of every line.
         """
-        found = self._size_problems(where)
+        found = size_problems(self, where, SIZE_KEYS, ("dropout", "attention_dropout"))
+        found += positive_problems(self, where, ("init_std",))
         if found:
             return found
-        if self.hidden_size % self.num_heads:
-            found.append(
-                f"{where}.num_heads: {self.num_heads} heads do not divide "
-                f"hidden_size {self.hidden_size}"
-            )
-        if self.moe is not None:
-            found += self.moe.problems(
-                f"{where}.moe", self.hidden_size, self.ffn_size, self.num_layers
-            )
-        replaced = self.moe is not None and self.moe.every == 1
-        for family, shape in self.site_shapes().items():
-            choice = getattr(self.sites, family)
-            if replaced and family in FEED_FORWARD and choice != DenseSite():
-                found.append(
-                    f"{where}.sites.{family}: has no effect, every block has a mixture of experts "
-                    f"instead; leave it out and describe the experts in {where}.moe.{family}"
-                )
-            found += site_problems(choice, shape, f"{where}.sites.{family}")
-        return found
+        return collect_problems(
+            lambda: head_problems(self.hidden_size, self.num_heads, where),
+            lambda: self._mixture_problems(f"{where}.moe"),
+            *(partial(self._site_problems, where, family) for family in SITE_NAMES),
+        )
 
-    def _size_problems(self, where: str) -> list[str]:
-        found = size_problems(self, where, SIZE_KEYS, ("dropout", "attention_dropout"))
-        if self.init_std <= 0:
-            found.append(f"{where}.init_std: must be positive, is {self.init_std}")
-        return found
+    def _mixture_problems(self, where: str) -> list[str]:
+        if self.moe is None:
+            return []
+        return self.moe.problems(where, self.hidden_size, self.ffn_size, self.num_layers)
+
+    def _site_problems(self, where: str, family: str) -> list[str]:
+        choice, found = getattr(self.sites, family), []
+        in_mixtures = family in FEED_FORWARD and self.moe is not None and self.moe.every == 1
+        if in_mixtures and choice != DenseSite():
+            found.append(
+                f"{where}.sites.{family}: has no effect, every block has a mixture of experts "
+                f"instead; leave it out and describe the experts in {where}.moe.{family}"
+            )
+        shape = self.site_shapes()[family]
+        return found + site_problems(choice, shape, f"{where}.sites.{family}")

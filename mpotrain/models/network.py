@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import ClassVar, Literal
 
 from mpotrain.models.sites import ParameterInfo, Site
 from mpotrain.nn.moe.config import MoEConfig
 from mpotrain.sample import SampleLengths
+from mpotrain.schema import collect_problems
 
 Objective = Literal["causal", "masked", "span_corruption"]
 """What a network learns: the next token, masked tokens, or masked spans."""
@@ -128,11 +130,44 @@ def size_problems(
         keys: fields that count something.
         rates: fields that are rates of dropout.
     """
-    found = []
-    for name in keys:
-        if getattr(config, name) < 1:
-            found.append(f"{where}.{name}: must be at least 1, is {getattr(config, name)}")
-    for name in rates:
-        if not 0 <= getattr(config, name) < 1:
-            found.append(f"{where}.{name}: must be in [0, 1), is {getattr(config, name)}")
-    return found
+
+    def size(name: str) -> list[str]:
+        value = getattr(config, name)
+        return [] if value >= 1 else [f"{where}.{name}: must be at least 1, is {value}"]
+
+    def rate(name: str) -> list[str]:
+        value = getattr(config, name)
+        return [] if 0 <= value < 1 else [f"{where}.{name}: must be in [0, 1), is {value}"]
+
+    return collect_problems(
+        *(partial(size, name) for name in keys), *(partial(rate, name) for name in rates)
+    )
+
+
+def positive_problems(config: object, where: str, keys: Sequence[str]) -> list[str]:
+    """Return the numbers that are not above 0, one line each.
+
+    Args:
+        config: the section.
+        where: its dotted key.
+        keys: the fields.
+    """
+
+    def check(name: str) -> list[str]:
+        value = getattr(config, name)
+        return [] if value > 0 else [f"{where}.{name}: must be positive, is {value}"]
+
+    return collect_problems(*(partial(check, name) for name in keys))
+
+
+def head_problems(hidden_size: int, num_heads: int, where: str) -> list[str]:
+    """Return why heads cannot share a width; nothing where one of the numbers is itself wrong.
+
+    Args:
+        hidden_size: the width.
+        num_heads: the heads.
+        where: dotted key of the section.
+    """
+    if min(hidden_size, num_heads) < 1 or hidden_size % num_heads == 0:
+        return []
+    return [f"{where}.num_heads: {num_heads} heads do not divide hidden_size {hidden_size}"]

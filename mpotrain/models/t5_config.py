@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar, Literal
 
-from mpotrain.models.network import NetworkConfig, Objective, size_problems
+from mpotrain.models.network import NetworkConfig, Objective, positive_problems, size_problems
 from mpotrain.models.sites import ParameterInfo, Site, site_parameters
 from mpotrain.nn.config import DenseSite, SiteConfig, site_problems
 from mpotrain.nn.moe.config import DenseExpertSite, MoEConfig
 from mpotrain.sample import SampleLengths, Stream
-from mpotrain.schema import config
+from mpotrain.schema import collect_problems, config
 
 SIZE_KEYS = (
     "vocab_size",
@@ -26,6 +27,8 @@ SIZE_KEYS = (
 ATTENTION = ("query", "key", "value", "attention_out")
 FEED_FORWARD = ("c_fc", "c_proj")
 """Families that a mixture of experts replaces in its block."""
+SITE_NAMES = ("embedding", *ATTENTION, *FEED_FORWARD)
+"""Families of `T5Sites`."""
 MODULES = {"query": "query", "key": "key", "value": "value", "attention_out": "out"}
 
 
@@ -238,35 +241,45 @@ class T5Config(NetworkConfig):
         Args:
             where: dotted key of this section, at the head of every line.
         """
-        found = size_problems(self, where, SIZE_KEYS, ("dropout",))
-        found += [
-            f"{where}.{key}: must be positive, is {getattr(self, key)}"
-            for key in ("init_factor", "norm_eps")
-            if getattr(self, key) <= 0
-        ]
-        if self.num_decoder_layers is not None and self.num_decoder_layers < 1:
-            found.append(
-                f"{where}.num_decoder_layers: must be at least 1, is {self.num_decoder_layers}"
-            )
         # Beside a wrong size all checks go on that do not need it.
+        return [
+            *size_problems(self, where, SIZE_KEYS, ("dropout",)),
+            *positive_problems(self, where, ("init_factor", "norm_eps")),
+            *collect_problems(
+                lambda: self._depth_problems(where),
+                lambda: self._bucket_problems(where),
+                lambda: self._mixture_problems(f"{where}.moe"),
+                *(partial(self._site_problems, where, family) for family in SITE_NAMES),
+            ),
+        ]
+
+    def _depth_problems(self, where: str) -> list[str]:
+        depth = self.num_decoder_layers
+        if depth is None or depth >= 1:
+            return []
+        return [f"{where}.num_decoder_layers: must be at least 1, is {depth}"]
+
+    def _bucket_problems(self, where: str) -> list[str]:
         buckets, distance = self.relative_buckets, self.relative_distance
-        if min(buckets, distance) >= 1 and (buckets % 4 or distance <= buckets // 2):
+        if min(buckets, distance) < 1 or (buckets % 4 == 0 and distance > buckets // 2):
+            return []
+        return [
+            f"{where}.relative_buckets: {buckets} must be a multiple of 4, and half of it below "
+            f"{where}.relative_distance {distance}: a quarter counts single distances, a quarter "
+            "larger ones, for each direction"
+        ]
+
+    def _site_problems(self, where: str, family: str) -> list[str]:
+        choice, found = getattr(self.sites, family), []
+        in_mixtures = family in FEED_FORWARD and self.moe is not None and self.moe.every == 1
+        if in_mixtures and choice != DenseSite():
             found.append(
-                f"{where}.relative_buckets: {buckets} must be a multiple of 4, and "
-                f"half of it below {where}.relative_distance {distance}: a quarter "
-                "counts single distances, a quarter larger ones, for each direction"
+                f"{where}.sites.{family}: has no effect, every block has a mixture of experts "
+                f"instead; leave it out and describe the experts in {where}.moe.{family}"
             )
-        found += self._mixture_problems(f"{where}.moe")
-        replaced = self.moe is not None and self.moe.every == 1
-        for family, shape in self.site_shapes().items():
-            choice = getattr(self.sites, family)
-            if replaced and family in FEED_FORWARD and choice != DenseSite():
-                found.append(
-                    f"{where}.sites.{family}: has no effect, every block has a mixture of experts "
-                    f"instead; leave it out and describe the experts in {where}.moe.{family}"
-                )
-            if min(shape) >= 1:
-                found += site_problems(choice, shape, f"{where}.sites.{family}")
+        shape = self.site_shapes()[family]
+        if min(shape) >= 1:
+            found += site_problems(choice, shape, f"{where}.sites.{family}")
         return found
 
     def _mixture_problems(self, where: str) -> list[str]:

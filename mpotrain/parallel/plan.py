@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from mpotrain.errors import ParallelError
-from mpotrain.schema import config
+from mpotrain.schema import collect_problems, config
 
 DEGREES = ("expert", "tensor", "pipeline", "virtual_pipeline", "context", "expert_tensor")
 """Fields of `ParallelConfig` that count ranks or chunks."""
@@ -39,13 +40,16 @@ class ParallelConfig:
         Args:
             where: dotted key of this section.
         """
-        found = []
-        if self.data is not None and self.data < 1:
-            found.append(f"{where}.data: {self.data} ranks; give at least 1, or leave it out")
-        for key in DEGREES:
-            if getattr(self, key) < 1:
-                found.append(f"{where}.{key}: {getattr(self, key)} ranks; give at least 1")
-        return found
+        return collect_problems(
+            *(partial(self._degree_problems, where, key) for key in ("data", *DEGREES))
+        )
+
+    def _degree_problems(self, where: str, key: str) -> list[str]:
+        ranks = getattr(self, key)
+        if ranks is None or ranks >= 1:
+            return []
+        instead = ", or leave it out" if key == "data" else ""
+        return [f"{where}.{key}: {ranks} ranks; give at least 1{instead}"]
 
     @property
     def model_ranks(self) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from mpotrain.engine.config import CentralMaskConfig
-from mpotrain.schema import config
+from mpotrain.schema import collect_problems, config
 
 MOST_MINUTES = 7 * 24 * 60
 """Bound of time-outs: who wants to wait for a week wants to wait for ever."""
@@ -298,47 +300,53 @@ class TrainConfig:
         Returns:
             Problems of this section and of those inside it; empty when there are none.
         """
-        found = _count_problems(self, where)
-        if self.micro_batch_size > 0 and self.global_batch_size % self.micro_batch_size:
-            found.append(
-                f"{where}.micro_batch_size: {self.micro_batch_size} does not divide "
-                f"global_batch_size {self.global_batch_size}"
-            )
-        if not 0 <= self.seed < 2**31:
-            found.append(f"{where}.seed: must be in [0, 2^31), is {self.seed}")
-        if self.clip_norm < 0:
-            found.append(f"{where}.clip_norm: must not be negative, is {self.clip_norm} (0: none)")
-        limit = self.time_limit_minutes
-        if limit is not None and limit <= 0:
-            found.append(
-                f"{where}.time_limit_minutes: must be positive, is {limit} (leave out for none)"
-            )
-        patience = self.hang_timeout_minutes
-        if not 0 <= patience < MOST_MINUTES:
-            found.append(
-                f"{where}.hang_timeout_minutes: must be in [0, {MOST_MINUTES}), is {patience} "
-                "(0: never)"
-            )
-        found += self.optimizer.problems(f"{where}.optimizer")
-        found += self.central_mask.problems(f"{where}.central_mask")
-        # A wrong number of steps is one mistake, not one more for everything that ends with them.
-        total_steps = self.steps if self.steps > 0 else sys.maxsize
-        found += self.schedule.problems(f"{where}.schedule", total_steps)
-        found += self.anomaly.problems(f"{where}.anomaly")
-        if self.profile is not None:
-            found += self.profile.problems(f"{where}.profile", total_steps)
-        return found
+        return collect_problems(
+            *(partial(_value_problems, self, where, key) for key in VALUES),
+            partial(_batch_problems, self, where),
+            lambda: self.optimizer.problems(f"{where}.optimizer"),
+            lambda: self.central_mask.problems(f"{where}.central_mask"),
+            lambda: self.schedule.problems(f"{where}.schedule", _known_steps(self)),
+            lambda: self.anomaly.problems(f"{where}.anomaly"),
+            partial(_profile_problems, self, f"{where}.profile"),
+        )
 
 
-def _count_problems(train: TrainConfig, where: str) -> list[str]:
-    required = ("steps", "global_batch_size", "micro_batch_size", "log_every", "eval_sequences")
-    optional = ("eval_every", "spectra_every", "stop_after")
-    values = {name: getattr(train, name) for name in required + optional}
-    return [
-        f"{where}.{name}: must be at least 1, is {value}"
-        for name, value in values.items()
-        if value is not None and value < 1
-    ]
+COUNTS = ["steps", "global_batch_size", "micro_batch_size", "log_every", "eval_sequences"]
+OPTIONAL_COUNTS = ["eval_every", "spectra_every", "stop_after"]
+VALUES: dict[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(COUNTS + OPTIONAL_COUNTS, (lambda n: n >= 1, "must be at least 1, is {}")),
+    "seed": (lambda n: 0 <= n < 2**31, "must be in [0, 2^31), is {}"),
+    "clip_norm": (lambda x: x >= 0, "must not be negative, is {} (0: none)"),
+    "time_limit_minutes": (lambda x: x > 0, "must be positive, is {} (leave out for none)"),
+    "hang_timeout_minutes": (
+        lambda x: 0 <= x < MOST_MINUTES,
+        f"must be in [0, {MOST_MINUTES}), is {{}} (0: never)",
+    ),
+}
+"""What each number alone must be, and how to say that it is not."""
+
+
+def _value_problems(train: TrainConfig, where: str, key: str) -> list[str]:
+    value, (is_possible, text) = getattr(train, key), VALUES[key]
+    if value is None or is_possible(value):
+        return []
+    return [f"{where}.{key}: {text.format(value)}"]
+
+
+def _batch_problems(train: TrainConfig, where: str) -> list[str]:
+    micro, whole = train.micro_batch_size, train.global_batch_size
+    if micro <= 0 or whole % micro == 0:
+        return []
+    return [f"{where}.micro_batch_size: {micro} does not divide global_batch_size {whole}"]
+
+
+def _profile_problems(train: TrainConfig, where: str) -> list[str]:
+    return [] if train.profile is None else train.profile.problems(where, _known_steps(train))
+
+
+def _known_steps(train: TrainConfig) -> int:
+    # A wrong number of steps is one mistake, not one more for everything that ends with them.
+    return train.steps if train.steps > 0 else sys.maxsize
 
 
 def _moment_problems(optimizer: AdamWConfig | LambConfig, where: str) -> list[str]:

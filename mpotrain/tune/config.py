@@ -9,13 +9,14 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mpotrain.checkpoint.config import CheckpointConfig
+from mpotrain.config import empty_problems, world_problems
 from mpotrain.config_file import validate
 from mpotrain.engine.config import EngineConfig, LocalConfig, expert_problems, uncut_problems
 from mpotrain.engine.config import problems as engine_problems
 from mpotrain.errors import ConfigError
 from mpotrain.layered_toml import read_layers
-from mpotrain.parallel.plan import ParallelConfig, batch_problems
-from mpotrain.schema import config
+from mpotrain.parallel.plan import ParallelConfig
+from mpotrain.schema import collect_problems, config
 from mpotrain.train.config import TrainConfig
 from mpotrain.tune.tasks import FORMATS, GlueTask, TaskFormat, metrics_for
 
@@ -146,33 +147,35 @@ class TuneConfig:
         Args:
             world_size: number of processes where it is known.
         """
-        found = [
-            f"{key}: is empty"
-            for key in ("name", "folder", "source")
-            if not getattr(self, key).strip()
+        return [
+            *empty_problems(self, ("name", "folder", "source")),
+            *collect_problems(
+                lambda: self.task.problems("task"),
+                lambda: self.train.problems("train"),
+                self._dropout_problems,
+                lambda: engine_problems(self.engine, world_size, "engine"),
+                self._engine_problems,
+                lambda: self.parallel.problems("parallel"),
+                lambda: uncut_problems(self.engine, self.parallel),
+                lambda: expert_problems(self.engine, self.parallel.expert, None, world_size),
+                lambda: self.checkpoint.problems("checkpoint"),
+                lambda: world_problems(self, world_size),
+            ),
         ]
-        found += [
-            *self.task.problems("task"),
-            *self.train.problems("train"),
-            *self.checkpoint.problems("checkpoint"),
-            *self.parallel.problems("parallel"),
-            *engine_problems(self.engine, world_size, "engine"),
-            *uncut_problems(self.engine, self.parallel),
-            *expert_problems(self.engine, self.parallel.expert, None, world_size),
+
+    def _dropout_problems(self) -> list[str]:
+        if 0 <= self.dropout < 1:
+            return []
+        return [f"dropout: must be in [0, 1), is {self.dropout}"]
+
+    def _engine_problems(self) -> list[str]:
+        if self.engine.kind != "megatron":
+            return []
+        return [
+            'engine.kind: "megatron", but that engine cuts the networks of pretraining into '
+            "matrices and stages, and not an encoder with a classifier; fine-tune with "
+            'engine.kind="deepspeed" or "local"'
         ]
-        if self.engine.kind == "megatron":
-            found.append(
-                'engine.kind: "megatron", but that engine cuts the networks of pretraining into '
-                "matrices and stages, and not an encoder with a classifier; fine-tune with "
-                'engine.kind="deepspeed" or "local"'
-            )
-        if not 0 <= self.dropout < 1:
-            found.append(f"dropout: must be in [0, 1), is {self.dropout}")
-        if world_size is not None:
-            found += batch_problems(
-                self.train.global_batch_size, self.train.micro_batch_size, world_size, self.parallel
-            )
-        return found
 
 
 def load_tune_config(path: Path, overrides: Sequence[str] = ()) -> TuneConfig:

@@ -127,11 +127,35 @@ def test_form_mistakes_come_together(tmp_path: Path) -> None:
         ("container = { kind = 'apptainer', image = 'i', binds = [''] }", "container.binds[0]"),
         ("container = { kind = 'pyxis', image = 'i', mounts = ['/a,/b'] }", "container.mounts[0]"),
         ("container = { kind = 'pyxis', image = 'i', python = '' }", "container.python"),
+        ("python = '~/venv/bin/python'", "python"),
+        ("python = '$HOME/venv/bin/python'", "python"),
+        ("container = { kind = 'apptainer', image = '~/i.sif' }", "container.image"),
+        ("container = { kind = 'pyxis', image = '${HOME}/i.sqsh' }", "container.image"),
+        ("container = { kind = 'pyxis', image = 'i', python = '~/p' }", "container.python"),
+        (
+            "container = { kind = 'apptainer', image = 'i', binds = ['/a', '~/b'] }",
+            "container.binds[1]",
+        ),
+        (
+            "container = { kind = 'apptainer', image = 'i', binds = ['/a:$HOME'] }",
+            "container.binds[0]",
+        ),
+        (
+            "container = { kind = 'pyxis', image = 'i', mounts = ['~:/home'] }",
+            "container.mounts[0]",
+        ),
     ],
 )
 def test_content_mistakes(tmp_path: Path, text: str, key: str) -> None:
     found = problems_of(tmp_path, text)
     assert any(line.startswith(key) for line in found), found
+
+
+def test_paths_and_addresses_that_need_no_shell() -> None:
+    """The user of NVIDIA's registry has a dollar in its name; editors leave files with a tilde."""
+    image = "docker://$oauthtoken@nvcr.io#nvidia/pytorch:25.01-py3"
+    container = PyxisContainer(image=image, mounts=("/data/a~:/data:ro",))
+    assert ClusterConfig(python="/opt/a b~/python", container=container).problems() == []
 
 
 def test_content_mistakes_come_together(tmp_path: Path) -> None:
@@ -169,7 +193,7 @@ def test_a_key_of_a_dropped_section_is_not_taken_for_another(tmp_path: Path) -> 
     text = "python = ''\n[container]\nkind = 'pyxis'\npython = 3\n"
     found = problems_of(tmp_path, text)
     assert [line.partition(":")[0] for line in found] == [
-        "container.image", "container.python", "python",
+        "python", "container.image", "container.python",
     ]  # fmt: skip
 
 

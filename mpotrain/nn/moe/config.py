@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mpotrain.errors import SpecError
-from mpotrain.schema import config
+from mpotrain.schema import collect_problems, config
 from mpotrain.tensor.device import DeviceProfile, DType
 from mpotrain.tensor.expert_plan import ExpertPlan, MergePrecision, plan_experts
 from mpotrain.tensor.experts import asymmetric_spec
@@ -243,18 +243,20 @@ class MoEConfig:
             ffn_size: width between the two matrices of an expert.
             num_layers: blocks of the model.
         """
-        found = []
         if self.num_experts < 1:
             return [f"{where}.num_experts: must be at least 1, is {self.num_experts}"]
-        if not 1 <= self.every <= num_layers:
-            found.append(
-                f"{where}.every: {self.every} of {num_layers} blocks; use 1 to {num_layers}"
-            )
-        found += self.router.problems(f"{where}.router", self.num_experts)
-        shapes = {"c_fc": (hidden_size, ffn_size), "c_proj": (ffn_size, hidden_size)}
-        for family, shape in shapes.items():
-            found += expert_site_problems(getattr(self, family), shape, f"{where}.{family}")
-        return found
+        into, back = (hidden_size, ffn_size), (ffn_size, hidden_size)
+        return collect_problems(
+            lambda: self._interval_problems(where, num_layers),
+            lambda: self.router.problems(f"{where}.router", self.num_experts),
+            lambda: expert_site_problems(self.c_fc, into, f"{where}.c_fc"),
+            lambda: expert_site_problems(self.c_proj, back, f"{where}.c_proj"),
+        )
+
+    def _interval_problems(self, where: str, num_layers: int) -> list[str]:
+        if 1 <= self.every <= num_layers:
+            return []
+        return [f"{where}.every: {self.every} of {num_layers} blocks; use 1 to {num_layers}"]
 
 
 def expert_site_problems(
