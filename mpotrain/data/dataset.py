@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpotrain.data.config import DataConfig
-from mpotrain.data.manifest import MANIFEST_NAME, TokenizerEntry, json_digest
+from mpotrain.data.manifest import MANIFEST_NAME, Manifest, TokenizerEntry, json_digest
 from mpotrain.data.objective_config import CausalConfig
 from mpotrain.data.order import BLEND_BLOCK, BlendOrder, FeistelPermutation, derive_key
 from mpotrain.data.stream import SPLITS, Split, TokenStream
@@ -26,6 +26,34 @@ from mpotrain.schema import to_dict
 @lru_cache(maxsize=256)
 def _epoch_order(num_samples: int, seed: int, source: int, epoch: int) -> FeistelPermutation:
     return FeistelPermutation(num_samples, derive_key(seed, source, epoch))
+
+
+def shortage(
+    manifest: Manifest,
+    split: Split,
+    fractions: Sequence[float],
+    size: tuple[int, int],
+    length: int,
+) -> str | None:
+    """Return why a split of a prepared folder gives no sample; None where it gives one.
+
+    Args:
+        manifest: of the folder.
+        split: which documents.
+        fractions: shares of training, validation and test.
+        size: documents and tokens of the split.
+        length: tokens of one sample.
+    """
+    num_documents, num_tokens = size
+    if num_tokens >= length:
+        return None
+    share = fractions[SPLITS.index(split)]
+    return (
+        f"the {split} split ({share:g} of {manifest.num_documents} documents) holds "
+        f"{num_documents} documents with {num_tokens} tokens, less than one sample of {length}; "
+        "give it a larger fraction (data.split), shorten data.sequence_length, or prepare more "
+        "documents (a text file is one document unless it is taken per line)"
+    )
 
 
 class TokenDataset:
@@ -75,15 +103,10 @@ class TokenDataset:
         self._seed = seed
         self._source = source
         self._shuffle = shuffle
-        if self.num_samples < 1:
-            share = split_fractions[SPLITS.index(split)]
-            raise DataError(
-                f"{folder}: the {split} split ({share:g} of {self.stream.manifest.num_documents} "
-                f"documents) holds {self.stream.num_documents} documents with "
-                f"{self.stream.num_tokens} tokens, less than one sample of {self._length}; "
-                "give it a larger fraction (data.split), shorten data.sequence_length, or prepare "
-                "more documents (a text file is one document unless it is taken per line)"
-            )
+        size = (self.stream.num_documents, self.stream.num_tokens)
+        problem = shortage(self.stream.manifest, split, split_fractions, size, self._length)
+        if problem is not None:
+            raise DataError(f"{folder}: {problem}")
 
     def __len__(self) -> int:
         return self.num_samples

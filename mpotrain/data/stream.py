@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpotrain.data.indexed import IndexedReader
-from mpotrain.data.manifest import ShardEntry, check_files, read_manifest
+from mpotrain.data.manifest import Manifest, ShardEntry, check_files, read_manifest
 from mpotrain.data.order import derive_key, splitmix64_array
 from mpotrain.errors import DataError
 
@@ -41,6 +41,40 @@ def split_of(documents: npt.ArrayLike, fractions: Sequence[float]) -> npt.NDArra
     # Rounding in the sum must not send anything to a split whose fraction is 0.
     limits[max(index for index, part in enumerate(fractions) if part > 0) :] = 1.0
     return np.searchsorted(limits, draws, side="right").astype(np.int64)
+
+
+def split_size(
+    folder: Path, manifest: Manifest, split: Split, fractions: Sequence[float], enough: int
+) -> tuple[int, int]:
+    """Count a split without opening it, and no further than there are enough tokens.
+
+    Args:
+        folder: the prepared folder; only the index of a shard that is cut is read.
+        manifest: its manifest.
+        split: which documents.
+        fractions: shares of training, validation and test.
+        enough: tokens.
+
+    Returns:
+        Documents and tokens of the split; of its beginning where that has enough tokens.
+
+    Raises:
+        DataError: an index is missing or damaged.
+    """
+    num_documents = num_tokens = first = 0
+    for entry in manifest.shards:
+        documents = np.arange(first, first + entry.num_documents)
+        chosen = split_of(documents, fractions) == SPLITS.index(split)
+        first += entry.num_documents
+        num_documents += int(chosen.sum())
+        if chosen.all():
+            num_tokens += entry.num_tokens
+        elif chosen.any():
+            lengths = _open_shard(folder, manifest, entry).sequence_lengths
+            num_tokens += int(lengths[chosen].sum(dtype=np.int64))
+        if num_tokens >= enough:
+            break
+    return num_documents, num_tokens
 
 
 class TokenStream:
@@ -85,7 +119,7 @@ class TokenStream:
         extents: list[npt.NDArray[np.int64]] = []
         first = 0
         for number, entry in enumerate(self.manifest.shards):
-            reader = self._open(entry)
+            reader = _open_shard(self.folder, self.manifest, entry)
             documents = np.arange(first, first + entry.num_documents)
             chosen = split_of(documents, fractions) == SPLITS.index(split)
             self.num_documents += int(chosen.sum())
@@ -128,17 +162,6 @@ class TokenStream:
             extent += 1
         return tokens
 
-    def _open(self, entry: ShardEntry) -> IndexedReader:
-        reader = IndexedReader(self.folder / entry.name)
-        found = (len(reader), reader.num_tokens, reader.dtype)
-        if found != (entry.num_documents, entry.num_tokens, np.dtype(self.manifest.dtype)):
-            raise DataError(
-                f"{self.folder / entry.name}.idx: {found[0]} documents, {found[1]} tokens, "
-                f"{found[2]}, but the manifest says {entry.num_documents}, {entry.num_tokens}, "
-                f"{self.manifest.dtype}; restore the file or prepare the folder again"
-            )
-        return reader
-
     def _raw_bytes(self, entry: ShardEntry) -> npt.NDArray[np.int64]:
         path = self.folder / f"{entry.name}.bytes.npy"
         try:
@@ -151,6 +174,18 @@ class TokenStream:
                 f"{entry.num_documents} documents; restore the file or prepare the folder again"
             )
         return lengths
+
+
+def _open_shard(folder: Path, manifest: Manifest, entry: ShardEntry) -> IndexedReader:
+    reader = IndexedReader(folder / entry.name)
+    found = (len(reader), reader.num_tokens, reader.dtype)
+    if found != (entry.num_documents, entry.num_tokens, np.dtype(manifest.dtype)):
+        raise DataError(
+            f"{folder / entry.name}.idx: {found[0]} documents, {found[1]} tokens, "
+            f"{found[2]}, but the manifest says {entry.num_documents}, {entry.num_tokens}, "
+            f"{manifest.dtype}; restore the file or prepare the folder again"
+        )
+    return reader
 
 
 def _extents(

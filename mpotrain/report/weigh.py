@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mpotrain.config import RunConfig, vocabulary_problem
-from mpotrain.data.manifest import MANIFEST_NAME, read_manifest
+from mpotrain.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from mpotrain.engine.megatron.config import MegatronConfig
 from mpotrain.engine.megatron.traffic import GridTraffic
 from mpotrain.engine.memory import StateMemory, StepTraffic, state_memory, step_traffic
-from mpotrain.errors import MpotrainError
+from mpotrain.errors import DataError, MpotrainError
 from mpotrain.models.activations import ActivationMemory, activation_memory
 from mpotrain.models.network import ROUTER
 from mpotrain.models.sites import ParameterInfo
@@ -251,9 +251,32 @@ def _data_problems(run: RunConfig) -> tuple[list[str], list[str]]:
             problems.append(str(error))
         problem = vocabulary_problem(run, manifest.tokenizer.vocab_size, source.path)
         problems += [] if problem is None else [problem]
+        problems += [f"{where}: {text}" for text in _split_problems(run, source.path, manifest)]
     if len(digests) > 1:
         problems.append("data.sources: the folders were prepared with different tokenizers")
     return problems, notes
+
+
+def _split_problems(run: RunConfig, folder: str, manifest: Manifest) -> list[str]:
+    """Return which splits that the run opens hold less than one sample of a prepared folder."""
+    # A plan without data at hand needs no numpy.
+    from mpotrain.data.dataset import shortage
+    from mpotrain.data.stream import Split, split_size
+
+    fractions = run.data.split
+    length = run.data.objective.window(run.data.sequence_length).length
+    opened: list[Split] = ["train"]
+    if run.train.eval_every and fractions[1] > 0:
+        opened.append("validation")
+    found: list[str] = []
+    for split in opened:
+        try:
+            size = split_size(Path(folder), manifest, split, fractions, length)
+        except DataError as error:
+            return [*found, str(error)]
+        problem = shortage(manifest, split, fractions, size, length)
+        found += [] if problem is None else [f"{folder}: {problem}"]
+    return found
 
 
 def _count(pairs: Any) -> Counter[str]:

@@ -142,7 +142,7 @@ def test_prepared_data_are_held_against_the_model(tmp_path: Path) -> None:
     from mpotrain.data.prepare import prepare
 
     data = tmp_path / "data"
-    prepare(PrepareConfig(sources=("synthetic:markov",), out=str(data), num_tokens=5000,
+    prepare(PrepareConfig(sources=("synthetic:markov",), out=str(data), num_tokens=50_000,
                           num_workers=0))  # fmt: skip
     path = RUNS / "demo.toml"
     source = f'data.sources=[{{path="{data}"}}]'
