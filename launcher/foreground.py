@@ -66,7 +66,10 @@ def run_and_pass(command: Command, pass_on: Pass) -> int:
     def receive(number: int, frame: FrameType | None) -> None:
         received.put(signal.Signals(number))
 
-    before = {number: signal.signal(number, receive) for number in FORWARDED}
+    # nohup has SIGHUP ignored: then the run shall outlive its terminal.
+    is_kept = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    numbers = [number for number in FORWARDED if number != signal.SIGHUP or not is_kept]
+    before = {number: signal.signal(number, receive) for number in numbers}
     try:
         child = _start(command)
         code = _wait(child, received, pass_on)
@@ -81,7 +84,7 @@ def pass_to_ranks(launcher: psutil.Process, number: signal.Signals) -> bool:
 
     Args:
         launcher: torchrun or DeepSpeed's launcher, or a container around it.
-        number: the signal; ranks know nothing of SIGHUP and get SIGTERM for it.
+        number: the signal; SIGHUP is about a terminal that ranks do not have: they get SIGTERM.
 
     Returns:
         Whether there were any ranks.

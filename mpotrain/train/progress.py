@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as LiveBar
+
+from mpotrain.train.lasting_stream import LastingStream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +95,13 @@ class Progress:
             total_steps: steps of the whole run.
             is_main: whether this process shows anything.
             every: steps between two plain lines.
-            console: where to show it; by default standard error, away from real output.
+            console: where to show it; by default standard error, away from real output, for as
+                long as somebody can read it.
         """
         self._total_steps, self._is_main, self._every = total_steps, is_main, every
-        self._console = console if console is not None else Console(stderr=True)
+        # A process without standard error shows nothing.
+        stream = None if sys.stderr is None else cast("TextIO", LastingStream(sys.stderr))
+        self._console = console or Console(file=stream, stderr=True)
         self._live: LiveBar | None = None
         self._task: TaskID | None = None
         self._shown_any = False

@@ -40,11 +40,13 @@ class StopReason(IntEnum):
     """The time limit of this start is over."""
     SIGUSR1 = 3
     """A warning of the batch system before its time limit."""
-    SIGTERM = 4
+    SIGHUP = 4
+    """The terminal is gone: a closed window, a broken ssh connection."""
+    SIGTERM = 5
     """The batch system or launcher ends the job."""
-    SIGINT = 5
+    SIGINT = 6
     """Ctrl-C."""
-    LAUNCHER_DIED = 6
+    LAUNCHER_DIED = 7
     """The process that started this one is gone."""
 
     @property
@@ -58,6 +60,7 @@ _TEXTS = {
     StopReason.STOP_FILE: "the stop file was found",
     StopReason.TIME_LIMIT: "the time limit is over",
     StopReason.SIGUSR1: "signal SIGUSR1 came",
+    StopReason.SIGHUP: "signal SIGHUP came (the terminal was closed)",
     StopReason.SIGTERM: "signal SIGTERM came",
     StopReason.SIGINT: "signal SIGINT came (Ctrl-C)",
     StopReason.LAUNCHER_DIED: "the launcher of this process died",
@@ -65,6 +68,7 @@ _TEXTS = {
 
 _SIGNALS = {
     signal.SIGUSR1: StopReason.SIGUSR1,
+    signal.SIGHUP: StopReason.SIGHUP,
     signal.SIGTERM: StopReason.SIGTERM,
     signal.SIGINT: StopReason.SIGINT,
 }
@@ -107,10 +111,13 @@ class StopRequest:
         self._depth = 0
 
     def __enter__(self) -> StopRequest:
-        """Install the handlers of SIGUSR1, SIGTERM and SIGINT."""
+        """Install the handlers of SIGUSR1, SIGHUP, SIGTERM and SIGINT."""
         self._depth += 1
         if self._depth == 1 and threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
+                # nohup: the run shall outlive its terminal.
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 

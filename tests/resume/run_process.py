@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +23,10 @@ from mpotrain.train.journal import read_metrics
 BASE = Path(__file__).resolve().parents[2] / "configs" / "base" / "gpt2-tiny.toml"
 PYTHON = sys.executable
 BIN = Path(sys.executable).parent
+
+PORTS = range(12_000, 20_000)
+PORTS_OF_WORKER = 500
+_ports = itertools.count()
 
 RUN = """
 extends = ["{base}"]
@@ -97,10 +102,18 @@ def environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Return a TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port that is free now, and will be when a launcher gets to use it.
+
+    It lies below those that the kernel gives to anybody who asks for some port, as every rank
+    does. Each process that tests has ports of its own and goes through them one after the other.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = PORTS.start + worker * PORTS_OF_WORKER % len(PORTS)
+    while True:
+        port = first + (os.getpid() + next(_ports)) % PORTS_OF_WORKER
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("0.0.0.0", port))
+            return port
 
 
 def command(launcher: str, world: int, arguments: Sequence[str]) -> list[str]:
@@ -143,7 +156,7 @@ def start(
 
 
 def wait_for_step(
-    folder: Path, step: int, process: subprocess.Popen[str], timeout: float = 120
+    folder: Path, step: int, process: subprocess.Popen[str], timeout: float = 240
 ) -> None:
     """Wait until the journal of a run has reached a step."""
     deadline = time.monotonic() + timeout
@@ -157,13 +170,6 @@ def wait_for_step(
         time.sleep(0.02)
     process.kill()
     raise AssertionError(f"step {step} was not reached: {process.communicate()[0]}")
-
-
-def stop(process: subprocess.Popen[str], number: signal.Signals) -> int:
-    """Send a signal and return the exit code."""
-    process.send_signal(number)
-    process.communicate(timeout=120)
-    return process.returncode
 
 
 def curve(folder: Path) -> list[tuple[Any, ...]]:
