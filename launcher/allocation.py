@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from launcher.cluster import ClusterConfig
 from launcher.launch_error import LaunchError
 from launcher.slurm_control import host_names
-
-_EQUAL_TASKS = re.compile(r"([0-9]+)(?:\(x[0-9]+\))?")
-"""`4(x2)`: four tasks on each of two nodes."""
 
 
 @dataclass(frozen=True)
@@ -54,43 +49,15 @@ def allocation_of(environ: Mapping[str, str]) -> Allocation:
         )
     array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
     job_id = number if array is None or task is None else f"{array}_{task}"
-    return Allocation(number, job_id, _count(environ, "SLURM_RESTART_COUNT") or 0, nodes)
+    return Allocation(number, job_id, count(environ, "SLURM_RESTART_COUNT") or 0, nodes)
 
 
-def cluster_of(environ: Mapping[str, str]) -> ClusterConfig:
-    """Return a cluster that describes a job which was submitted by hand, without a cluster file.
+def count(environ: Mapping[str, str], key: str) -> int | None:
+    """Return a whole number among variables; None where there is none.
 
     Args:
         environ: usually `os.environ`.
-
-    Raises:
-        LaunchError: the job has unequal numbers of tasks on its nodes.
+        key: name of the variable.
     """
-    gpus = _count(environ, "SLURM_GPUS_ON_NODE") or 0
-    return ClusterConfig(
-        nodes=_count(environ, "SLURM_JOB_NUM_NODES") or 1,
-        gpus_per_node=gpus,
-        ranks_per_node=_tasks_per_node(environ) or gpus or 1,
-        cpus_per_rank=_count(environ, "SLURM_CPUS_PER_TASK") or 1,
-    )
-
-
-def _tasks_per_node(environ: Mapping[str, str]) -> int | None:
-    """Return the tasks on each node where the options of sbatch name any."""
-    if (count := _count(environ, "SLURM_NTASKS_PER_NODE")) is not None:
-        return count
-    text = environ.get("SLURM_TASKS_PER_NODE")
-    if text is None or "SLURM_NTASKS" not in environ:
-        return None
-    match = _EQUAL_TASKS.fullmatch(text)
-    if match is None:
-        raise LaunchError(
-            f"SLURM_TASKS_PER_NODE={text}: every node must have as many ranks as every other; "
-            "submit with --ntasks-per-node=N in place of --ntasks"
-        )
-    return int(match[1])
-
-
-def _count(environ: Mapping[str, str], key: str) -> int | None:
     text = environ.get(key, "")
     return int(text) if text.isascii() and text.isdigit() else None

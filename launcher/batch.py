@@ -11,17 +11,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from launcher.allocation import allocation_of, cluster_of
+from launcher.allocation import allocation_of
+from launcher.batch_run import BatchRun
 from launcher.cluster import load_cluster
 from launcher.commands import Task
 from launcher.inbox import SignalInbox
+from launcher.job_size import cluster_of, job_size, sized
 from launcher.journal import PATIENT_ATTEMPTS, PAUSE_SECONDS
 from launcher.plan_check import load_run
 from launcher.restart import NewJob
 from launcher.rival import lock_patience
 from launcher.run_arguments import add_run
 from launcher.slurm_control import SlurmControl
-from launcher.supervisor import BatchRun, Supervisor
+from launcher.supervisor import Supervisor
 from mpotrain.config import dump_config
 
 logger = logging.getLogger(__name__)
@@ -92,7 +94,11 @@ def run_batch(
             if allocation.restart_count or continues:
                 await_files([path for path in (run_file, cluster_file) if path is not None])
             run = load_run(run_file, task, overrides)
-            cluster = cluster_of(environ) if cluster_file is None else load_cluster(cluster_file)
+            size = job_size(environ)
+            if cluster_file is None:
+                cluster = cluster_of(size)
+            else:
+                cluster = sized(load_cluster(cluster_file), size, str(cluster_file))
             here = Path.cwd()
             new_job = NewJob(
                 cluster=cluster,

@@ -209,6 +209,8 @@ def deepspeed_over_ssh_command(
         python, "-m", "deepspeed.launcher.runner",
         f"--hostfile={hostfile}",
         *meeting,
+        # Without it a single host is taken for this machine, whatever its name.
+        "--force_multi",
         "--no_local_rank",
         "--module", *module,
     )  # fmt: skip

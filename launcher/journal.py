@@ -43,6 +43,7 @@ class Journal:
     Attributes:
         log: `lives.jsonl`.
         life: number of the life.
+        keeps_stop_file: whether a later life of the job may have begun that has to obey it too.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Journal:
             sleep: how to wait.
         """
         self.log, self.life = LifeLog(run_folder), 0
+        self.keeps_stop_file = False
         self._folder, self._allocation, self._sleep = run_folder, allocation, sleep
         self._waiting: list[dict[str, Any]] = []
         self._old_outcome: tuple[int, int] | None = None
@@ -144,12 +146,26 @@ class Journal:
             logger.warning("the stop file cannot be looked for: %s", error)
             return False
 
-    def obey_stop_file(self) -> None:
-        """Delete the stop file: the run has obeyed it, so the next start shall not."""
+    def obey_stop_file(self) -> bool:
+        """Delete the stop file: the run has obeyed it, so the next start shall not.
+
+        Returns:
+            Whether it is gone.
+        """
+        path = self._folder / STOP_FILE
+        if self.keeps_stop_file:
+            logger.warning(
+                "%s stays: SLURM does not say whether it has started the job again; delete it "
+                "before you start the run anew",
+                path,
+            )
+            return False
         try:
-            (self._folder / STOP_FILE).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         except OSError as error:
             logger.warning("the stop file cannot be deleted, delete it: %s", error)
+            return False
+        return True
 
     def _note(self, event: Event, detail: str, more: dict[str, Any]) -> None:
         line = {

@@ -8,6 +8,7 @@ launchers invent their own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -221,12 +222,18 @@ def hopeless_reason(end: LifeEnd, policy: LivesConfig) -> str | None:
     return None
 
 
+def avoidable(found: Sequence[str], nodes: Sequence[str]) -> tuple[str, ...]:
+    """Return the nodes to avoid; where all of several seem to be at fault it lies elsewhere.
+
+    Args:
+        found: nodes that seem to be at fault.
+        nodes: nodes of the job.
+    """
+    return tuple(found) if len(nodes) == 1 or not set(nodes) <= set(found) else ()
+
+
 def _excluded(end: LifeEnd) -> tuple[str, ...]:
-    """Return the nodes to avoid; where all seem to be at fault the fault lies elsewhere."""
-    found: list[str] = []
-    for nodes in (end.dead_nodes, end.bad_nodes):
-        if len(end.nodes) == 1 or not set(end.nodes) <= set(nodes):
-            found += nodes
+    found = avoidable(end.dead_nodes, end.nodes) + avoidable(end.bad_nodes, end.nodes)
     return tuple(dict.fromkeys(found))
 
 

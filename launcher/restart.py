@@ -114,6 +114,7 @@ class Restart:
 
     Attributes:
         is_replaced: whether a new job goes on with the run, or a later life of this one does.
+        successor: the new job; None where there is none.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class Restart:
         self._patience_seconds, self._kill_seconds = patience_seconds, kill_seconds
         self._restart_count, self._is_timeout = 0, False
         self.is_replaced = self._gave_way = False
+        self.successor: str | None = None
 
     def perform(
         self,
@@ -260,7 +262,7 @@ class Restart:
                 self._control.allow_requeue(True)
             return problem
         self._record("resubmitted", f"as job {job_id}: {reason}", next_job=job_id, exclude=exclude)
-        self.is_replaced = True
+        self.is_replaced, self.successor = True, job_id
         step = newest_step(self._new_job.run_folder)
         logger.info("%s", self._words.resubmitted(job_id, exclude, reason, step))
         self._hand_over(job_id)

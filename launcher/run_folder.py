@@ -123,8 +123,11 @@ class RunRecord:
 
     @property
     def num_starts(self) -> int:
-        """Lives that the launcher has begun."""
-        return sum(life.event == "started" for life in self.lives)
+        """Lives that the launcher has begun.
+
+        A line stands there twice where the disk said of the first that it had failed.
+        """
+        return len({(life.job_id, life.life) for life in self.lives if life.event == "started"})
 
     @property
     def nodes(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""One call of sbatch. Where its answer is unclear the job may be queued, and needs its files."""
+"""sbatch, for good or as a question. Where its answer is unclear the job may be queued."""
 
 from __future__ import annotations
 
@@ -18,6 +18,24 @@ class UnclearAnswerError(LaunchError):
     """SLURM may have taken the job, or not."""
 
 
+def rehearse_sbatch(command: Command) -> None:
+    """Ask SLURM whether it would take a job; nothing is queued.
+
+    Args:
+        command: what would submit it.
+
+    Raises:
+        LaunchError: it would not, or does not answer.
+    """
+    argv = (command.argv[0], "--test-only", *command.argv[1:])
+    reply = call(argv, seconds=TIMEOUT_SECONDS, environment=_environment(command))
+    said = reply.problem.removeprefix(f"{command.argv[0]}: ")
+    if reply.is_unclear or reply.is_unsent:
+        raise LaunchError(f"sbatch --test-only has got no answer ({said})")
+    if not reply.ok:
+        raise LaunchError(f"sbatch --test-only refuses the job: {said}")
+
+
 def run_sbatch(command: Command) -> str:
     """Run a command of sbatch and return the job id.
 
@@ -28,11 +46,7 @@ def run_sbatch(command: Command) -> str:
         UnclearAnswerError: SLURM does not answer, or answers something else.
         LaunchError: SLURM refuses the job.
     """
-    reply = call(
-        command.argv,
-        seconds=TIMEOUT_SECONDS,
-        environment=without_job(os.environ) | dict(command.environment),
-    )
+    reply = call(command.argv, seconds=TIMEOUT_SECONDS, environment=_environment(command))
     said = reply.problem.removeprefix(f"{command.argv[0]}: ")
     if reply.is_unclear:
         raise UnclearAnswerError(f"sbatch has got no answer ({said}); {_LOOK}")
@@ -43,3 +57,7 @@ def run_sbatch(command: Command) -> str:
         answer = reply.output.strip()
         raise UnclearAnswerError(f"sbatch answers {answer!r}, which is no job id; {_LOOK}")
     return job_id
+
+
+def _environment(command: Command) -> dict[str, str]:
+    return without_job(os.environ) | dict(command.environment)

@@ -26,7 +26,7 @@ from launcher.hostfile import read_hostfile
 from launcher.launch_error import LaunchError
 from launcher.remote_shell import dropped_variables, remote_problems
 from launcher.start_here import StartHere, add_run_arguments, exit_code, read_start, show
-from mpotrain.errors import ConfigError
+from mpotrain.errors import EXIT_DONE, ConfigError
 from mpotrain.train.signals import STOP_FILE
 
 
@@ -61,13 +61,16 @@ def main(options: argparse.Namespace) -> int:
     over_ssh = options.hostfile is not None and options.node_rank is None
     command = _over_ssh(start, options) if over_ssh else deepspeed_here(start, options)
     if options.dry_run:
-        return show(start, command)
-    start.refuse_stopped()
+        show(start, command)
+    else:
+        start.refuse_stopped()
     if over_ssh and shutil.which("pdsh") is None:
         raise LaunchError(
             "pdsh is not installed here; install it, or start every host of the hostfile by hand "
             "with --node-rank"
         )
+    if options.dry_run:
+        return EXIT_DONE
     pass_on = _by_file(start) if over_ssh else pass_to_ranks
     started = time.time()
     return exit_code(start.folder, started, run_and_pass(command, pass_on))

@@ -21,7 +21,7 @@ from launcher.plan_check import PlanCheck, check_plan, load_run
 from launcher.run_folder import LAUNCH, RunRecord
 from launcher.run_reader import read_run
 from launcher.saved_run import refuse_finished
-from launcher.sbatch_call import UnclearAnswerError, run_sbatch
+from launcher.sbatch_call import UnclearAnswerError, rehearse_sbatch, run_sbatch
 from launcher.slurm_commands import sbatch_command, sbatch_options
 from launcher.slurm_names import job_name, log_path, log_pattern
 from launcher.slurm_queue import SlurmQueue
@@ -189,6 +189,7 @@ def rehearse(submission: Submission, queue: SlurmQueue | None = None) -> list[st
     if has_slurm():
         require_known(submission.waits_for)
         refuse_active(record, queue or SlurmQueue())
+        rehearse_sbatch(submission.command)
         return []
     refuse_stopped(record)
     asked = [*record.job_ids[-1:], *submission.waits_for]

@@ -12,9 +12,9 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from launcher.allocation import Allocation
+from launcher.batch_run import BatchRun
 from launcher.inbox import SignalInbox
 from launcher.job import JobFacts, master_port
 from launcher.job_state import RUNNING
@@ -22,7 +22,7 @@ from launcher.journal import PATIENT_ATTEMPTS, Journal
 from launcher.last_words import LastWords
 from launcher.life_history import History, bad_nodes_of, chain_of, history_of
 from launcher.life_log import Record, RunOutcome, newest_step, read_outcome
-from launcher.lives import FINAL, Decision, LifeEnd, decide
+from launcher.lives import FINAL, Decision, LifeEnd, avoidable, decide
 from launcher.node_check import (
     NodeVerdict,
     check_command,
@@ -30,38 +30,17 @@ from launcher.node_check import (
     read_verdict,
     report_folder,
 )
-from launcher.restart import NewJob, Restart
-from launcher.rival import LOCK_SECONDS, await_lock, rival_of
+from launcher.restart import Restart
+from launcher.rival import await_lock, rival_of
 from launcher.run_folder import CHECKPOINTS
 from launcher.slurm_commands import step_command
-from launcher.slurm_control import SlurmControl
+from launcher.slurm_control import OVERTAKEN, SlurmControl
 from launcher.step import Pace, StepEnd, StepRules, StepWatch
 from launcher.succession import is_successor, successor_of
 from launcher.writer_lock import is_written
 from mpotrain.errors import EXIT_CRASH, EXIT_DONE, EXIT_STOPPED
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class BatchRun:
-    """What a life is about.
-
-    Attributes:
-        job: the run, its files and its cluster, as a new job would need them.
-        allocation: this job.
-        last_step: step at which the run has come to its configured end.
-        continues: the job whose place this one takes, if it does.
-        settings: what stands for the resolved settings of the run: equal for equal ones.
-        lock_seconds: how long to wait for the lock of the checkpoints.
-    """
-
-    job: NewJob
-    allocation: Allocation
-    last_step: int
-    continues: str | None = None
-    settings: str = ""
-    lock_seconds: float = LOCK_SECONDS
 
 
 class Supervisor:
@@ -111,10 +90,7 @@ class Supervisor:
         if before and not is_successor(journal.records, before, allocation.number, sleep=sleep):
             logger.info("%s", self._words.left_to(before))
             return EXIT_STOPPED
-        records = journal.records()
-        other = successor_of(records, allocation.job_id)
-        if (other := other or rival_of(records, allocation.job_id, before)) is not None:
-            logger.info("%s", self._words.left_to(other))
+        if self._is_left(journal.records()):
             return EXIT_STOPPED
         locked = await_lock(
             self._folder / CHECKPOINTS,
@@ -122,6 +98,9 @@ class Supervisor:
             sleep=sleep,
             is_called=lambda: self._inbox.has_letters or journal.stop_file_is_there(),
         )
+        records = journal.records()  # another job may have waited for the same lock, and begun
+        if self._is_left(records) or self._is_overtaken():
+            return EXIT_STOPPED
         step = newest_step(self._folder)
         history = self._history(records, step)
         journal.life = history.life
@@ -130,6 +109,10 @@ class Supervisor:
             return code
         self._begin(step)
         end = self._survived(step, history)
+        # Of a job that SLURM ends no later life has begun, and there may be no time to ask.
+        journal.keeps_stop_file = False
+        if not (end.job.is_taken_away or end.job.is_timeout) and self._is_overtaken():
+            return EXIT_STOPPED
         decision = decide(end, self._cluster.lives)
         journal.record(
             "ended",
@@ -140,6 +123,26 @@ class Supervisor:
             decision=decision.kind,
         )
         return self._act(decision, end)
+
+    def _is_left(self, records: list[Record]) -> bool:
+        """Whether another job goes on with the run."""
+        job_id = self._run.allocation.job_id
+        other = successor_of(records, job_id) or rival_of(records, job_id, self._run.continues)
+        if other is not None:
+            logger.info("%s", self._words.left_to(other))
+        return other is not None
+
+    def _is_overtaken(self) -> bool:
+        """Whether SLURM has started the job again since: the later life has the last word."""
+        own = self._control.own_life(self._run.allocation.restart_count)
+        if own.problem == OVERTAKEN:
+            logger.info("%s", self._words.left_to(self._run.allocation.job_id))
+            return True
+        # Without an answer a life says how it ended: its lines name it, and take nothing away. But
+        # it deletes no stop file, which a later life may still have to obey: one that is left over
+        # costs a person a command, one that is missed lets the run train on against their will.
+        self._journal.keeps_stop_file = own.may_pass
+        return False
 
     def _history(self, records: list[Record], step: int | None) -> History:
         allocation, continues = self._run.allocation, self._run.continues
@@ -164,8 +167,8 @@ class Supervisor:
             return EXIT_DONE
         if self._journal.stop_file_is_there():
             why = "the stop file was there, so nothing was started"
-            if not is_written(self._folder / CHECKPOINTS):  # else it may be meant for the writer
-                self._journal.obey_stop_file()
+            # Where somebody writes it may be meant for the writer.
+            if not is_written(self._folder / CHECKPOINTS) and self._journal.obey_stop_file():
                 why += ", and it is deleted now"
             logger.info("%s", self._words.stopped(why, step))
             self._journal.record("stopped", why)
@@ -249,7 +252,7 @@ class Supervisor:
             verdict.text,
             ok=verdict.ok,
             bad_nodes=dict(verdict.bad_nodes),
-            exclude=list(verdict.exclude) if set(verdict.exclude) < set(job.nodes) else [],
+            exclude=list(avoidable(verdict.exclude, job.nodes)),
         )
         return checked, verdict
 
@@ -355,6 +358,9 @@ class Supervisor:
         )
         if problem:
             return self._give_up(f"no other life could be started: {problem}")
+        if self._restart.successor is not None:
+            # It waits for the line that names it, and no other one will follow in this life.
+            self._journal.catch_up()
         if self._abandoned is not None:
             # Until SLURM kills them (KillWait) ranks may still write a checkpoint, which the end of
             # the batch script would cut short.

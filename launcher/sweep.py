@@ -9,11 +9,12 @@ from pathlib import Path
 
 from launcher.commands import Command
 from launcher.dry_run import shell_text
+from launcher.planned_point import PlannedPoint
 from launcher.run_arguments import add_overrides
 from launcher.sbatch_call import UnclearAnswerError
 from launcher.slurm_queue import SlurmQueue
 from launcher.sweep_file import load_sweep
-from launcher.sweep_plan import PlannedPoint, notes_of, plan_sweep
+from launcher.sweep_plan import notes_of, plan_sweep
 from launcher.sweep_points import expand
 from launcher.sweep_submit import SweepSubmitter
 from mpotrain.errors import EXIT_DONE, ConfigError, MpotrainError
@@ -87,6 +88,8 @@ def main(options: argparse.Namespace) -> int:
         else:
             submitter.submit_each(planned)
     except MpotrainError as error:
+        if options.dry_run:
+            raise
         _print(f"{submitter.num_submitted} of {wanted} runs are in the queue")
         if not isinstance(error, UnclearAnswerError):  # it says what to look at first
             _print("the same command again goes on with the rest")
@@ -102,6 +105,8 @@ def main(options: argparse.Namespace) -> int:
 def _show(one: PlannedPoint, job_id: str, after: str) -> None:
     waits = f", waits for {after.partition(':')[2]}" if after else ""
     again = f", goes on ({one.state.word} before)" if one.state.word != "new" else ""
+    if one.replaces is not None:
+        again = f", in place of job {one.replaces}, which did not wait for it"
     _print(f"{_name(one)}: job {job_id}{waits}{again}")
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from launcher.launch_error import LaunchError
 from launcher.launch_folder import LaunchFolder
 from launcher.plan_check import load_run
+from launcher.planned_point import Action, PlannedPoint
 from launcher.run_folder import RunRecord
 from launcher.run_reader import read_run
 from launcher.run_state import RunState
@@ -18,38 +17,14 @@ from launcher.saved_run import refuse_finished
 from launcher.slurm_queue import SlurmQueue
 from launcher.status import state_of
 from launcher.submission import Request, Submission, prepare
+from launcher.sweep_children import follow_parents, refuse_waiting_strangers
 from launcher.sweep_points import Point
 from mpotrain.config_file import leaves
 from mpotrain.errors import ConfigError, MpotrainError
 from mpotrain.layered_toml import OVERRIDE_SOURCE
 
-Action = Literal["submit", "finished", "queued"]
-"""submit: a job is needed. finished: the run has come to its end. queued: its job is there, or it
-trains outside of the queue."""
-
 MAX_NAMED = 3
 """Points that are named behind a problem that several have."""
-
-
-@dataclass(frozen=True)
-class PlannedPoint:
-    """A point that was checked.
-
-    Attributes:
-        point: the point.
-        submission: the job, ready to be submitted.
-        action: what is to be done.
-        state: what its run is doing.
-        job_id: its job, if it has one in the queue.
-        changed: settings that its run folder has otherwise, as `key: old -> new`.
-    """
-
-    point: Point
-    submission: Submission
-    action: Action
-    state: RunState
-    job_id: str | None
-    changed: tuple[str, ...] = ()
 
 
 def plan_sweep(
@@ -73,7 +48,7 @@ def plan_sweep(
         ConfigError: some points cannot run, or their run folders hold other runs; the problems of
             all points at once.
         LaunchError: the queue does not say whether jobs are still there, or cannot let a run wait
-            for another one.
+            for another one; or a run has begun already behind one that is to be submitted.
     """
     _refuse_collisions(points, overrides)
     submissions = check_points(points, cluster_file, overrides)
@@ -91,8 +66,10 @@ def plan_sweep(
         _refuse_changed_jobs(planned)
     else:
         _refuse_changed(planned)
+    planned = follow_parents(planned, records)
     _refuse_stopped(planned, records)
     _refuse_parents_outside(planned)
+    refuse_waiting_strangers(planned, queue)
     return planned
 
 

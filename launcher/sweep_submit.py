@@ -16,18 +16,20 @@ from pathlib import Path
 
 from launcher.commands import Command
 from launcher.launch_folder import LaunchFolder
+from launcher.planned_point import PlannedPoint
 from launcher.run_reader import read_run
-from launcher.sbatch_call import UnclearAnswerError, run_sbatch
+from launcher.sbatch_call import UnclearAnswerError, rehearse_sbatch, run_sbatch
 from launcher.slurm_queue import SlurmQueue
 from launcher.submission import (
     Submission,
+    has_slurm,
     launch_files,
     record_submission,
     refuse_active,
     submit,
 )
 from launcher.sweep_array import SWEEP_FOLDER, ArrayTask, array_command, write_index
-from launcher.sweep_plan import PlannedPoint
+from launcher.sweep_children import take_out
 from mpotrain.errors import ConfigError, MpotrainError
 
 MAX_ARRAY = 1000
@@ -55,6 +57,7 @@ class SweepSubmitter:
     show_command: Callable[[Command], None]
     job_ids: dict[Path, str] = field(default_factory=dict)
     num_submitted: int = 0
+    _is_rehearsed: bool = False
 
     def submit_each(self, planned: Sequence[PlannedPoint]) -> None:
         """Submit one job for each point that needs one.
@@ -66,7 +69,7 @@ class SweepSubmitter:
             LaunchError: SLURM refuses a job.
             StorageError: a run folder cannot be written.
         """
-        self._note_queued(planned)
+        self._begin(planned)
         for one in planned:
             if one.action == "submit":
                 self._submit_one(one)
@@ -86,7 +89,6 @@ class SweepSubmitter:
             LaunchError: SLURM refuses a job.
             StorageError: a folder cannot be written.
         """
-        self._note_queued(planned)
         wanted = [one for one in planned if one.action == "submit"]
         stages = [(name, list(group)) for name, group in groupby(wanted, lambda o: o.point.stage)]
         if problems := [
@@ -96,6 +98,7 @@ class SweepSubmitter:
             if len(group) > MAX_ARRAY
         ]:
             raise ConfigError(problems)
+        self._begin(planned)
         for name, group in stages:
             if len({one.point.parents for one in group}) == 1:
                 self._submit_array(name, group, max_running)
@@ -108,7 +111,7 @@ class SweepSubmitter:
         submission = with_dependency(one.submission, after)
         if self.dry_run:
             job_id = f"JOB-OF-{one.point.name}"
-            self.show_command(submission.command)
+            self._rehearse(submission.command, after)
         else:
             job_id = submit(submission, self.queue)
         self._note(one, job_id, after)
@@ -127,12 +130,22 @@ class SweepSubmitter:
             after=after,
         )
         if self.dry_run:
-            self.show_command(command)
+            self._rehearse(command, after)
             array_id = f"ARRAY-OF-{stage}"
         else:
             array_id = self._queue_array(command, index, group)
         for task, one in enumerate(group):
             self._note(one, f"{array_id}_{task}", after)
+
+    def _rehearse(self, command: Command, after: str) -> None:
+        """Show a command; SLURM is asked about the first one that waits for no job of this show.
+
+        The others differ in their names and in what they wait for.
+        """
+        self.show_command(command)
+        if not self._is_rehearsed and "-OF-" not in after and has_slurm():
+            rehearse_sbatch(command)
+            self._is_rehearsed = True
 
     def _note(self, one: PlannedPoint, job_id: str, after: str) -> None:
         self.job_ids[one.point.folder] = job_id
@@ -163,7 +176,10 @@ class SweepSubmitter:
                 record_submission(submission, f"{array_id}_{task}", num_starts)
         return array_id
 
-    def _note_queued(self, planned: Sequence[PlannedPoint]) -> None:
+    def _begin(self, planned: Sequence[PlannedPoint]) -> None:
+        """Take out what is to be submitted anew, and note the jobs that stay."""
+        if not self.dry_run:
+            take_out(planned, self.queue)
         for one in planned:
             if one.action == "queued" and one.job_id is not None:
                 self.job_ids[one.point.folder] = one.job_id

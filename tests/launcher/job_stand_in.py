@@ -122,7 +122,11 @@ class StandIn:
             state.unlink()
 
     def ranks(self, code: str) -> None:
-        """Set what the training step does; `save(step)` and `outcome(...)` act as ranks do."""
+        """Set what the training step does; `save(step)` and `outcome(...)` act as ranks do.
+
+        It can wait for other things than time: `until(file)` is there, `told(event, times)` of the
+        life, `listed(times)`, the number of times that its tasks are looked for from now on.
+        """
         prelude = (
             "def save(step):\n"
             f"    name = f'step-{{step:08d}}'\n"
@@ -136,6 +140,16 @@ class StandIn:
             f"    os.rename('{self.run}/outcome.tmp', '{self.run}/outcome.json')\n"
             "def until(file):\n"
             "    while not os.path.exists(f'{at}/{file}'):\n"
+            "        time.sleep(0.01)\n"
+            "def told(event, times=1):\n"
+            "    while True:\n"
+            f"        with open('{self.run}/launch/lives.jsonl') as stream:\n"
+            '            if stream.read().count(f\'"event": "{event}"\') >= times:\n'
+            "                return\n"
+            "        time.sleep(0.01)\n"
+            "def listed(times):\n"
+            "    wanted = read('calls.jsonl').count('listpids') + times\n"
+            "    while read('calls.jsonl').count('listpids') < wanted:\n"
             "        time.sleep(0.01)\n"
         )
         for step in (5, 10):

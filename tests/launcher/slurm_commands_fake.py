@@ -58,6 +58,8 @@ def scancel():
     return code, "", err
 
 def sbatch():
+    if "test-only" in options:
+        return 0, "", "sbatch: Job 1 to start at 2026-01-01T00:00:00\n"
     if state["sbatch_left"] == 0:
         return 1, "", "sbatch: error: QOSMaxSubmitJobPerUserLimit\n"
     state["sbatch_left"] -= 1

@@ -13,6 +13,7 @@ import pytest
 from job_stand_in import JOB, StandIn
 from one_life import CLUSTER, events, last, live, signal_later
 
+from launcher.allocation import Allocation
 from launcher.cluster import PreflightConfig
 
 
@@ -63,6 +64,19 @@ def test_a_bad_node_is_named_and_excluded(slurm: StandIn) -> None:
     ]
     # The requeue makes SLURM send SIGTERM to this process and to what it has started.
     assert [call["ignores TERM"] for call in slurm.surroundings("scontrol")[-2:]] == [True, True]
+
+
+def test_bad_nodes_of_jobs_with_one_node_are_remembered(
+    slurm: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for life, node in enumerate(("n1", "n2")):
+        allocation = Allocation(JOB, JOB, life, (node,))
+        monkeypatch.setattr("one_life.allocation_of", lambda environ, found=allocation: found)
+        report(slurm, {"ok": False, "bad_nodes": [{"node": node, "problems": ["slow"]}]})
+        assert live(slurm, CHECKED) == 0
+        assert last(slurm, "preflight")["exclude"] == [node]
+    excluded = [call[-1] for call in slurm.calls("scontrol") if call[0] == "update"]
+    assert excluded == ["ExcNodeList=n1", "ExcNodeList=n1,n2"]
 
 
 def test_a_bad_node_without_a_substitute_is_not_excluded(slurm: StandIn) -> None:

@@ -19,6 +19,8 @@ from launcher import journal as journal_module
 from launcher.batch import await_files
 from launcher.life_history import history_of
 from launcher.life_log import LifeLog, Record
+from launcher.run_reader import read_run
+from launcher.sweep_array import ArrayTask, write_index
 from mpotrain.errors import StorageError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +76,20 @@ def test_a_life_with_progress_goes_on_without_a_record(
     assert len(naps) == 2  # at the start alone
 
 
+def test_the_line_that_names_a_new_job_is_tried_again(
+    slurm: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new job waits for it, and would leave the run to this one."""
+    fail(monkeypatch, "append", lambda number: 2 <= number < 5)
+    slurm.write("dead", "n2")
+    slurm.ranks("save(5); sys.exit(1)")
+    naps: Naps = []
+    assert live(slurm, sleep=counting(naps)) == 85
+    assert events(slurm) == ["started", "ended", "resubmitted"]
+    assert last(slurm, "resubmitted")["next_job"] == "101"
+    assert naps == [5.0, 5.0]
+
+
 def test_a_failed_life_that_cannot_be_counted_is_the_last(
     slurm: StandIn, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -123,6 +139,12 @@ def test_a_line_that_is_there_twice_counts_once() -> None:
     started: Record = {"event": "started", "job_id": "7", "life": 0, "step": 5}
     history = history_of([started, started], "7", continues=None, restart_count=0, step=5)
     assert (history.life, history.num_lives, history.fruitless) == (1, 2, 1)
+
+
+def test_status_counts_a_life_once_that_is_there_twice(tmp_path: Path) -> None:
+    for life in (0, 0, 1):
+        LifeLog(tmp_path).append("started", job_id=JOB, life=life)
+    assert read_run(tmp_path).num_starts == 2
 
 
 def test_lines_that_cannot_be_read_for_a_while_are_waited_for(
@@ -204,6 +226,46 @@ def test_files_of_a_later_life_are_waited_for(tmp_path: Path) -> None:
     naps.clear()
     await_files([tmp_path / "never"], attempts=4, sleep=counting(naps))
     assert len(naps) == 3  # whoever reads it then says what is wrong
+
+
+ARRAY_TASK = """
+import os, sys
+from functools import partial
+from pathlib import Path
+from launcher import array_task
+folder = Path(sys.argv[1])
+late = [folder / "late-index.json", folder / "blocked"]
+def sleep(seconds):
+    path = late.pop(0)
+    path.rename(folder / "index.json") if path.suffix else path.unlink()
+array_task.await_files = partial(array_task.await_files, sleep=sleep)
+array_task.write_to = partial(array_task.write_to, sleep=sleep)
+os.execv = lambda path, argv: print("becomes", *argv[3:5])
+array_task.main([str(folder / "index.json")])
+"""
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_an_array_task_of_a_later_life_waits_for_its_files(tmp_path: Path, count: int) -> None:
+    """First the index is not there, then the run folder."""
+    run = tmp_path / "blocked" / "run"
+    write_index(tmp_path / "late-index.json", [ArrayTask(run, "train")])
+    (tmp_path / "blocked").touch()
+    done = subprocess.run(
+        [sys.executable, "-c", ARRAY_TASK, str(tmp_path)],
+        env={
+            **os.environ, "PYTHONPATH": str(ROOT), "SLURM_RESTART_COUNT": str(count),
+            "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "0",
+        },
+        stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    if count == 0:
+        assert (done.returncode, run.exists()) == (2, False)
+        assert "index.json: cannot be read" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        log = (run / "logs" / "70_0.log").read_text()
+        assert log == f"becomes batch {run}/launch/run.toml\n"
 
 
 BATCH = """

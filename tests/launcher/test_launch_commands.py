@@ -203,6 +203,7 @@ def test_deepspeed_over_ssh() -> None:
     plain = deepspeed_over_ssh_command("py", module, hostfile="/h")
     master = deepspeed_over_ssh_command("py", module, hostfile="/h", master=Endpoint("a", 1))
     assert not [word for word in plain if "master" in word]
+    assert "--force_multi" in plain
     assert {"--master_addr=a", "--master_port=1"} <= set(master)
 
 

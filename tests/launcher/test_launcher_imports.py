@@ -32,14 +32,21 @@ def test_no_module_imports_torch() -> None:
 
 
 def test_help_is_quick() -> None:
-    """The least of several: other work on the machine only ever adds to it."""
-    times = []
-    for _ in range(4):
+    """The least of several: other work on the machine only ever adds to it.
+
+    A slow machine takes long for Python alone.
+    """
+
+    def seconds(*arguments: str) -> float:
         start = time.perf_counter()
-        text = run_python("-m", "launcher", "--help")
-        times.append(time.perf_counter() - start)
+        run_python(*arguments)
+        return time.perf_counter() - start
+
+    text = run_python("-m", "launcher", "--help")
     assert all(name in text for name in cli.COMMANDS)
-    assert min(times) < 0.5
+    pairs = [(seconds("-m", "launcher", "--help"), seconds("-c", "")) for _ in range(3)]
+    helped, bare = (min(times) for times in zip(*pairs, strict=True))
+    assert helped < max(0.5, 15 * bare)
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

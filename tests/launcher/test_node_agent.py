@@ -30,7 +30,11 @@ def take(number, frame):
 for number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(number, take)
 open(f"{folder}/ready-{os.environ['RANK']}", "w").close()
+told = False
 while len(seen) < 2:
+    if seen and not told:
+        told = True
+        open(f"{folder}/first-{os.environ['RANK']}", "w").close()
     time.sleep(0.02)
 open(f"{folder}/seen-{os.environ['RANK']}", "w").write(" ".join(map(str, seen)))
 """
@@ -87,10 +91,10 @@ def test_the_number_of_the_node_must_make_sense(number: str | None) -> None:
 
 
 def wait_for(paths: list[Path], agent: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while not all(path.exists() for path in paths):
         assert agent.poll() is None, "the agent has ended"
-        assert time.monotonic() < end, "the ranks did not come"
+        assert time.monotonic() < end, "the ranks did not answer"
         time.sleep(0.05)
 
 
@@ -124,9 +128,9 @@ def test_signals_reach_the_ranks_and_the_launcher_lives(tmp_path: Path) -> None:
     try:
         wait_for([tmp_path / "ready-0", tmp_path / "ready-1"], agent)
         agent.send_signal(signal.SIGUSR1)
-        time.sleep(0.5)
+        wait_for([tmp_path / "first-0", tmp_path / "first-1"], agent)
         agent.send_signal(signal.SIGTERM)
-        assert agent.wait(60) == 0
+        assert agent.wait(180) == 0
     finally:
         agent.kill()
         agent.wait()

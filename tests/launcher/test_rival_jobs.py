@@ -118,6 +118,22 @@ def test_a_lock_that_is_given_back_is_waited_for(slurm: StandIn) -> None:
     assert events(slurm) == ["started", "ended", "done"]
 
 
+def test_a_job_that_has_waited_for_the_same_lock_may_have_begun(slurm: StandIn) -> None:
+    slurm.write("state", BOTH.format("RUNNING"))
+    (slurm.run / "outcome.json").touch()
+    with lock_held(slurm.run / "checkpoints") as process:
+
+        def nap(seconds: float) -> None:
+            other_job(slurm, "started")
+            process.kill()
+            process.wait()
+
+        assert live(slurm, sleep=nap) == 85
+    assert events(slurm) == ["started"]
+    assert slurm.training() == []
+    assert (slurm.run / "outcome.json").exists()
+
+
 def test_a_warning_ends_the_waiting_for_the_lock(slurm: StandIn) -> None:
     naps: list[float] = []
 

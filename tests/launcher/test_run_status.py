@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -91,7 +92,7 @@ def test_the_table_shows_what_json_says(
 ) -> None:
     root = tmp_path / "runs"
     now = time.time()
-    metrics = [train_line(60, time=now - 90, tokens_per_second=1.5e6)]
+    metrics = [train_line(60, time=now - 65, tokens_per_second=1.5e6)]
     make_run(root / "a", job_id="11", lives=[started("11", 0)], metrics=metrics)
     (root / "a" / "stop").touch()
     make_run(root / "b", job_id="12", lives=[{"event": "gave_up", "detail": "3 lives for nothing"}])
@@ -124,7 +125,7 @@ def test_a_queue_without_an_answer_makes_states_unknown(
     ]
     begun = time.monotonic()
     found, _ = status.gather(folders, SlurmQueue(0.3))
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 40
     words = [state.word for _, state in found]
     assert words == ["unknown", "unknown", "done", "unknown"]
     assert "squeue" in found[0][1].detail
@@ -287,9 +288,10 @@ def test_metrics_are_read_from_their_tail(tmp_path: Path) -> None:
         file.write(b"\n" + json.dumps(train_line(7, loss="nan")).encode() + b"\n")
         wide = {"step": 7, "kind": "spectra", "time": 9000.0, "values": [0.125] * 60_000}
         file.write(json.dumps(wide).encode() + b"\n")
-    begun = time.monotonic()
+    me = psutil.Process()
+    before = me.io_counters().read_chars
     record = read_run(run)
-    assert time.monotonic() - begun < 1.0
+    assert me.io_counters().read_chars - before < 16 << 20
     assert record.metrics is not None
     assert record.metrics.step == 7
     assert record.metrics.loss != record.metrics.loss  # NaN

@@ -85,7 +85,7 @@ def test_a_signal_between_claim_and_check_checks_nothing(
 
 def test_sigterm_that_comes_twice_is_one(slurm: StandIn) -> None:
     slurm.ranks(
-        "write('up'); time.sleep(0.5); write('more'); time.sleep(0.5); save(5); sys.exit(1)"
+        "write('up'); told('warned'); write('more'); told('warned', 2); save(5); sys.exit(1)"
     )
     threads = [signal_later(slurm, signal.SIGTERM, name) for name in ("up", "more")]
     assert live(slurm) == 0

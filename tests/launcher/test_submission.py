@@ -69,7 +69,8 @@ def test_run_folder_says_what_was_submitted(desk: Desk) -> None:
 
 def test_dry_run_writes_and_queues_nothing(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     assert desk.slurm("--dry-run") == 0
-    assert desk.sbatch.calls() == []
+    (question,) = desk.sbatch.calls()
+    assert question["argv"][0] == "--test-only"
     assert not (desk.folder / "runs").exists()
     text = capsys.readouterr().out
     assert (ROOT / "slurm" / "train.sbatch").read_text() in text
@@ -102,6 +103,31 @@ def test_dry_run_shows_what_would_be_refused(
     assert desk.slurm("--dry-run") == EXIT_BAD_INPUT
     assert "the stop file is there" in capsys.readouterr().err
     assert len(desk.sbatch.calls()) == 1
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "sbatch: error: Batch job submission failed: Invalid partition name specified",
+        "allocation failure: Unable to contact slurm controller (connect failure)",
+        "allocation failure: Socket timed out on send/recv operation",
+        "sbatch: unrecognized option '--no-such-option'",
+    ],
+)
+def test_a_dry_run_asks_whether_slurm_takes_the_job(
+    desk: Desk, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sbatch = make_fake(desk.bin, "sbatch", errors=said, code=1)
+    codes, told = [], []
+    for dry in ([], ["--dry-run"]):
+        codes.append(desk.slurm(*dry))
+        told.append(capsys.readouterr())
+    assert codes == [EXIT_BAD_INPUT, EXIT_BAD_INPUT]
+    assert said in told[1].err
+    assert "#SBATCH" in told[1].out  # the commands are shown all the same
+    real, asked = sbatch.calls()
+    assert asked["argv"] == ["--test-only", *real["argv"]]
+    assert asked["environment"]["MPOTRAIN_PYTHON"] == real["environment"]["MPOTRAIN_PYTHON"]
 
 
 def test_silent_controller_is_seen_in_a_dry_run(

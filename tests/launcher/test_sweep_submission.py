@@ -16,6 +16,7 @@ from slurm_commands_fake import FakeSlurm
 from sweep_cases import CHAINED, GRID, command, end, slurm
 
 from launcher import array_task, cli
+from launcher.launch_error import LaunchError
 from launcher.launch_folder import LaunchFolder
 from launcher.life_log import LifeLog
 from launcher.run_reader import read_run
@@ -47,10 +48,31 @@ def test_a_dry_run_writes_and_queues_nothing(
     for arguments in ([], ["--array", "--max-running", "2"]):
         assert command(GRID, "--dry-run", *arguments) == 0
     assert not Path("runs").exists()
-    assert slurm.calls("sbatch") == []
     out = capsys.readouterr().out
     assert "--array=0-3%2" in out
     assert out.count("train.sbatch") == 4
+    # SLURM is asked once for all, and queues nothing.
+    one, array = slurm.calls("sbatch")
+    assert one[1] == array[1] == "--test-only"
+    assert "--array=0-3%2" in array
+
+
+def test_a_dry_run_of_stages_asks_for_a_job_that_waits_for_none(slurm: FakeSlurm) -> None:
+    assert command(CHAINED, "--dry-run") == 0
+    (asked,) = slurm.calls("sbatch")
+    assert asked[1] == "--test-only"
+    assert not any(option.startswith("--dependency") for option in asked)
+
+
+def test_a_dry_run_says_that_slurm_refuses_the_jobs(
+    slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm.set(trouble={"sbatch": "Batch job submission failed: Invalid partition name specified"})
+    with pytest.raises(LaunchError, match=r"--test-only refuses the job: .*Invalid partition"):
+        command(GRID, "--dry-run")
+    out = capsys.readouterr().out
+    assert "train.sbatch" in out
+    assert "in the queue" not in out
 
 
 def test_all_problems_of_all_points_before_anything_is_submitted(slurm: FakeSlurm) -> None:
@@ -285,7 +307,7 @@ def test_an_array_task_becomes_the_supervisor_of_its_run(tmp_path: Path) -> None
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:
-        out, errors = process.communicate(timeout=60)
+        out, errors = process.communicate(timeout=180)
     log = (folders[1] / "logs" / "70_1.log").read_text()
     launch = folders[1] / "launch"
     assert log.splitlines() == [
@@ -336,6 +358,7 @@ def test_every_example_can_be_submitted_by_its_documented_command(
     """In an empty folder: what the checkout holds beside its files must not matter."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("launcher.sweep_submit.has_slurm", lambda: False)
     text = (ROOT / "docs" / "many-runs.md").read_text()
     commands = re.findall(r"^python -m launcher (sweep configs/sweeps/.*)$", text, re.MULTILINE)
     sweeps = {str(path.relative_to(ROOT)) for path in (ROOT / "configs/sweeps").glob("*.toml")}
