@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Processes that share the tests; each starts up to four ranks of its own (about 3 GB of memory).
+TEST_WORKERS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .PHONY: demo test lint format bench slurm-packages slurm-lab clean help
@@ -19,7 +21,7 @@ demo: $(VENV)/.installed
 	$(BIN)/mpotrain demo
 
 test: lint slurm-packages
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(TEST_WORKERS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import hypothesis
 import pytest
-from distributed.pool import RankPool
+from distributed.pool import TIMEOUT, RankPool
+
+# How long an example takes says nothing on a machine that does other things as well.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")
@@ -27,12 +32,29 @@ def run_ranks(rank_pool: RankPool) -> Callable[[int], Callable[..., list[Any]]]:
     """
 
     def for_world(size: int) -> Callable[..., list[Any]]:
-        def call(function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+        def call(function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
             return rank_pool.run(size, function, *args, timeout=timeout)
 
         return call
 
     return for_world
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Choose how files are shared out where there are several workers (`pytest -n 2`)."""
+    from worker_schedule import OneLabScheduling
+
+    config.option.loadscopereorder = False
+    return OneLabScheduling(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Sort the tests on workers; a single process runs them in the order of the folders."""
+    if hasattr(config, "workerinput"):
+        from worker_schedule import sort_for_workers
+
+        sort_for_workers(items)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

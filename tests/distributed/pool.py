@@ -24,7 +24,11 @@ from typing import Any
 
 MAX_WORLD = 4
 MAX_THREADS = 150
-COLLECTIVE_TIMEOUT = timedelta(seconds=60)
+TIMEOUT = 300.0
+"""Seconds for a call unless it says otherwise; ranks may start and import everything meanwhile."""
+COLLECTIVE_TIMEOUT = timedelta(seconds=0.8 * TIMEOUT)
+LAST_WORDS = 5.0
+"""Seconds of silence after a first failure, in which the other ranks may tell theirs."""
 _modules_seen = [0]
 """Numbers of modules in a worker when it last set objects aside from garbage collection."""
 
@@ -55,7 +59,7 @@ class RankPool:
         return [worker.pid for worker in self._workers]
 
     def run(
-        self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0
+        self, world: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT
     ) -> list[Any]:
         """Call `function(world, *args)` on every rank, with the rank's `World` in front.
 
@@ -115,21 +119,22 @@ class RankPool:
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
         deadline = time.monotonic() + timeout
+        heard = time.monotonic()
         dead: list[int] = []
         while len(results) < world:
             wait = deadline - time.monotonic()
             try:
                 rank, ok, value = self._results.get(timeout=max(0.1, min(wait, 1.0)))
             except queue.Empty:
-                # After a first failure the others had a moment to tell theirs: theirs may be the
-                # cause.
                 dead = [n for n, w in enumerate(self._workers[:world]) if not w.is_alive()]
-                if failures or dead:
+                # What another rank has to tell may be the cause of a first failure.
+                if dead or (failures and time.monotonic() - heard > LAST_WORDS):
                     break
-                if time.monotonic() > deadline:
+                if not failures and time.monotonic() > deadline:
                     missing = sorted(set(range(world)) - set(results))
                     raise TimeoutError(f"ranks {missing} did not answer in {timeout:g} s") from None
                 continue
+            heard = time.monotonic()
             if ok:
                 results[rank] = pickle.loads(value)
             else:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 
 import pytest
+from run_process import free_port
 
 PROGRAM = """
 import torch
@@ -17,13 +17,6 @@ stop = world.agree(85 if world.rank == 1 else 0)
 print(world.rank, world.size, world.local_rank, world.backend, int(total), stop)
 close_world(world)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def environment_of(launcher: str, rank: int, port: int) -> dict[str, str]:
@@ -64,7 +57,7 @@ def test_processes_meet(launcher: str) -> None:
     ]
     try:
         for rank, process in enumerate(processes):
-            out, error = process.communicate(timeout=90)
+            out, error = process.communicate(timeout=300)
             assert process.returncode == 0, error
             assert out.split() == [str(rank), "2", str(rank), "gloo", "3", "85"]
     finally:

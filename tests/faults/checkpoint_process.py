@@ -25,6 +25,8 @@ CONTEXT.set_forkserver_preload(["torch", "mpotrain.checkpoint.store"])
 NUM_PARAMETERS = 6
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 PART_BYTES = 3000
+COLLECTIVE_SECONDS = 480
+"""After which a rank no longer waits for one that is silent."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def as_rank(
         store=dist.FileStore(str(meeting), size),
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=COLLECTIVE_SECONDS),
     )
     world = World(rank, size, rank, torch.device("cpu"), "gloo")
     try:
@@ -202,7 +204,7 @@ def start_ranks(
 def run_ranks_once(size: int, meeting: Path, target: Callable[..., Any], *args: Any) -> list[Any]:
     """Run `target` on all ranks and return what each returned or raised."""
     processes, answers = start_ranks(size, meeting, target, *args)
-    found = dict(answers.get(timeout=90) for _ in processes)
+    found = dict(answers.get(timeout=240) for _ in processes)
     for process in processes:
         process.join(30)
     return [found[rank] for rank in range(size)]

@@ -1,9 +1,9 @@
-"""`mpotrain train` in which a step goes wrong; a watchdog that is patient until training begins.
+"""`mpotrain train` in which a step goes wrong; a watchdog that is patient until then.
 
 usage: hung_run.py MODE SECONDS train RUN [key=value ...]
 
-Imports and the start of an engine take long on a loaded machine, so SECONDS, the timeout of the
-watchdog, count from the first step on. In step 4
+Imports, the start of an engine and its first steps take long on a loaded machine, so SECONDS, the
+timeout of the watchdog, count from step 4 on, or from the first where all are slow. In step 4
 
 - `stop`: rank RANK_THAT_HANGS stops itself with SIGSTOP;
 - `parted`: that rank waits in a collective that no other rank enters;
@@ -17,6 +17,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -33,15 +34,27 @@ from mpotrain.parallel.watchdog import Watchdog
 MODE, SECONDS = sys.argv[1], float(sys.argv[2])
 HANGING = int(os.environ.get("RANK_THAT_HANGS", "1"))
 STEP = 3
+GRACE = 15.0 if MODE == "parted" else 5.0
+"""Where a rank cannot answer, the other one would wait in vain."""
+ARMED = threading.Event()
 
 
 class LatePatience(Watchdog):
-    """Has the timeout of the test from the first step on."""
+    """Has the timeout of the test late."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named, grace=GRACE)
 
     def beat(self, phase: str, step: int | None = None) -> None:
-        if step is not None and phase.startswith("step"):
+        begin = 0 if MODE == "slow" else STEP
+        if step is not None and step >= begin and phase.startswith("step"):
             self._timeout = min(self._timeout, SECONDS)
         super().beat(phase, step)
+
+    def _arm(self) -> None:
+        super()._arm()
+        if self._timeout <= SECONDS:
+            ARMED.set()
 
 
 def go_wrong(world: Any, group: Any, step: int) -> None:
@@ -55,7 +68,7 @@ def go_wrong(world: Any, group: Any, step: int) -> None:
     elif step == STEP and MODE == "parted":
         dist.all_reduce(torch.ones(3, 4), group=group)
     elif step == STEP and MODE == "held":
-        time.sleep(SECONDS / 2)  # the watching thread must have seen its new timeout
+        ARMED.wait()  # the watching thread must have seen its new timeout
         ctypes.PyDLL(None).sleep(1000)
 
 
@@ -78,7 +91,7 @@ def main() -> None:
 
     DeepSpeedEngine.step = step  # type: ignore[method-assign]
     DeepSpeedEngine.export_state = slowly_exported  # type: ignore[method-assign]
-    watchdog.END_SECONDS = 10.0
+    watchdog.END_SECONDS = 7.0 if MODE == "held" else 10.0
     launch.Watchdog = LatePatience  # type: ignore[misc,assignment]
     del sys.argv[1:3]
     entry()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import time
 
@@ -10,11 +11,13 @@ import psutil
 
 def workers(launcher: subprocess.Popen[str]) -> dict[int, psutil.Process]:
     """Return the training processes under a launcher by rank."""
-    found = {}
+    found: dict[int, psutil.Process] = {}
     for child in psutil.Process(launcher.pid).children(recursive=True):
-        rank = child.environ().get("RANK")
-        if rank is not None and "mpotrain" in " ".join(child.cmdline()):
-            found[int(rank)] = child
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank = child.environ().get("RANK")
+            if rank is not None and "mpotrain" in " ".join(child.cmdline()):
+                # Parents come first: what a rank has just forked looks like the rank itself.
+                found.setdefault(int(rank), child)
     return found
 
 

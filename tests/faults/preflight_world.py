@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from run_process import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
+BEGIN = """
+import sys, time
+from pathlib import Path
+try:
+    from mpotrain.preflight import channel, collective, coordinator, member
+    collective.CPU_BYTES = 2**20
+    coordinator.CLOCK_SHARE = 0.4
+except ImportError:
+    pass  # a test has broken torch
+meeting = Path({meeting!r})
+(meeting / {rank!r}).touch()
+while sum(1 for _ in meeting.iterdir()) < {count}:
+    time.sleep(0.01)
+"""
+"""What takes long on a busy machine comes before the clocks begin to run, which all do at once."""
 
 
 @dataclass
@@ -41,15 +57,19 @@ class World:
     def start(self, *absent: int) -> World:
         """Start all ranks but those of absent nodes."""
         self.port = free_port()
-        for rank in range(len(self.nodes) * self.per_node):
-            if rank // self.per_node not in absent:
-                self.processes[rank] = self._start(rank)
+        meeting = self.out.parent / f"{self.out.name}-meeting-{self.port}"
+        meeting.mkdir(parents=True)
+        size = len(self.nodes) * self.per_node
+        present = [rank for rank in range(size) if rank // self.per_node not in absent]
+        for rank in present:
+            begin = BEGIN.format(meeting=str(meeting), rank=str(rank), count=len(present))
+            self.processes[rank] = self._start(rank, begin)
         return self
 
-    def _start(self, rank: int) -> subprocess.Popen[str]:
+    def _start(self, rank: int, begin: str) -> subprocess.Popen[str]:
         node = rank // self.per_node
         size = len(self.nodes) * self.per_node
-        code = "import sys\n" + self.programs.get(node, "")
+        code = begin + self.programs.get(node, "")
         code += "\nfrom mpotrain.cli import entry\nentry()\n"
         environment = {key: value for key, value in os.environ.items() if "SLURM" not in key}
         environment |= {
@@ -77,7 +97,7 @@ class World:
             text=True,
         )
 
-    def end(self, seconds: float = 150.0, alive: Sequence[int] | None = None) -> Ended:
+    def end(self, seconds: float = 240.0, alive: Sequence[int] | None = None) -> Ended:
         """Wait for all ranks, or for those given, and return what they left behind."""
         deadline = time.monotonic() + seconds
         codes, outs, errors = {}, {}, {}
@@ -116,11 +136,3 @@ class Ended:
         assert self.summary is not None
         found = (bad["problems"] for bad in self.summary["bad_nodes"] if bad["node"] == node)
         return " | ".join(next(found))
-
-
-def free_port() -> int:
-    """Return a port that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from checkpoint_process import (
+    COLLECTIVE_SECONDS,
     CONTEXT,
     differences,
     export,
@@ -42,7 +43,7 @@ def names_in(folder):
 def run_child(target, *args):
     process = CONTEXT.Process(target=target, args=args, daemon=True)
     process.start()
-    process.join(60)
+    process.join(240)
     return process.exitcode
 
 
@@ -202,10 +203,10 @@ def test_one_rank_dies_while_saving(folder, tmp_path, point, victim):
         2, tmp_path / "meet", train_ranks_one_dies, folder, 5, (point, occurrence), victim
     )
     started = time.monotonic()
-    _, error = answers.get(timeout=60)
+    _, error = answers.get(timeout=240)
     for process in processes:
-        process.join(60)
-    assert time.monotonic() - started < 45  # noticed, not timed out
+        process.join(240)
+    assert time.monotonic() - started < COLLECTIVE_SECONDS / 2  # noticed, not timed out
     assert isinstance(error, RuntimeError), error
     assert processes[victim].exitcode == -signal.SIGKILL
     if not (point == "reported" and victim == 1):
@@ -218,14 +219,14 @@ def test_pointer_waits_for_the_slow_rank(folder, tmp_path):
     processes, answers = start_ranks(2, tmp_path / "meet", train_ranks_one_slow, folder, 3, 1.5)
     early, seen = [], 0
     while any(process.is_alive() for process in processes):
-        finished = (tmp_path / "rank 1 is done").exists()
         names = names_in(folder) if folder.exists() else set()
         pointer = (folder / "latest").read_text() if "latest" in names else ""
+        finished = (tmp_path / "rank 1 is done").exists()  # last: it may come at any time
         if not finished and ("step-00000003" in names or pointer == "step-00000003\n"):
             early.append(names)
         seen += any(name.startswith("step-00000003.tmp-") for name in names)
         time.sleep(0.02)
-    assert [answers.get(timeout=5)[1] for _ in processes] == ["done", "done"]
+    assert [answers.get(timeout=60)[1] for _ in processes] == ["done", "done"]
     assert early == []
     assert seen > 5
     assert (folder / "latest").read_text() == "step-00000003\n"

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from run_process import curve, environment, free_port, prepare_markov, train, write_run
@@ -24,8 +25,10 @@ PATIENCE = 400.0
 class Ranks:
     """Two ranks of a run without a launcher that would end one for the other."""
 
-    def __init__(self, folder: Path, mode: str, seconds: float, hanging: int, *extra: str) -> None:
-        self.run = write_run(folder, prepare_markov(folder / "data"))
+    def __init__(
+        self, folder: Path, data: Path, mode: str, seconds: float, hanging: int, *extra: str
+    ) -> None:
+        self.run = write_run(folder, data)
         self.folder = folder / "run"
         environ = environment() | {
             "WORLD_SIZE": "2",
@@ -65,10 +68,24 @@ class Ranks:
         return content
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared tokens."""
+    return prepare_markov(tmp_path_factory.mktemp("tokens") / "data")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, data: Path) -> list[tuple[Any, ...]]:
+    """The curve of a run in which nothing hangs."""
+    folder = tmp_path_factory.mktemp("straight")
+    train(write_run(folder, data), ENGINE, launcher="torchrun", world=2)
+    return curve(folder / "run")
+
+
 @pytest.fixture
-def ranks(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Ranks]:
+def ranks(tmp_path: Path, data: Path, request: pytest.FixtureRequest) -> Iterator[Ranks]:
     """Ranks as the test's parameters say; none outlives it."""
-    started = Ranks(tmp_path, *request.param)
+    started = Ranks(tmp_path, data, *request.param)
     yield started
     for process in started.processes:
         process.kill()
@@ -83,10 +100,10 @@ def waiting(folder: Path, rank: int) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "stopped"), [(("stop", 8.0, 0), 0), (("stop", 8.0, 1), 1)], indirect=["ranks"]
+    ("ranks", "stopped"), [(("stop", 6.0, 0), 0), (("stop", 6.0, 1), 1)], indirect=["ranks"]
 )
 def test_a_stopped_rank_ends_the_others_and_the_next_start_goes_on(
-    ranks: Ranks, stopped: int, tmp_path: Path
+    ranks: Ranks, stopped: int, straight: list[tuple[Any, ...]]
 ) -> None:
     alive = 1 - stopped
     assert ranks.code(alive) == EXIT_HUNG, ranks.text()
@@ -109,13 +126,11 @@ def test_a_stopped_rank_ends_the_others_and_the_next_start_goes_on(
     assert ranks.code(stopped) in (EXIT_HUNG, EXIT_CRASH), ranks.text()
     assert ranks.outcome()["detail"] == detail
     train(ranks.run, ENGINE, launcher="torchrun", world=2)
-    straight = write_run(tmp_path / "straight", tmp_path / "data")
-    train(straight, ENGINE, launcher="torchrun", world=2)
-    assert curve(ranks.folder) == curve(tmp_path / "straight" / "run")
+    assert curve(ranks.folder) == straight
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [("parted", 8.0, 1)], indirect=True)
+@pytest.mark.parametrize("ranks", [("parted", 6.0, 1)], indirect=True)
 def test_ranks_in_different_collectives_both_say_so(ranks: Ranks) -> None:
     assert [ranks.code(rank) for rank in range(2)] == [EXIT_HUNG] * 2, ranks.text()
     hang, outcome = ranks.hang(), ranks.outcome()
@@ -133,7 +148,7 @@ def test_ranks_in_different_collectives_both_say_so(ranks: Ranks) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [("held", 8.0, 1)], indirect=True)
+@pytest.mark.parametrize("ranks", [("held", 6.0, 1)], indirect=True)
 def test_a_rank_that_keeps_the_interpreter_does_not_hold_the_other(ranks: Ranks) -> None:
     assert ranks.code(0) == EXIT_HUNG, ranks.text()
     assert "no answer from 1 of 2 ranks: 1" in str(ranks.outcome()["detail"])
@@ -144,13 +159,13 @@ def test_a_rank_that_keeps_the_interpreter_does_not_hold_the_other(ranks: Ranks)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "ranks", [("slow", 12.0, 1, "train.stop_after=2", "train.eval_every=1")], indirect=True
+    "ranks", [("slow", 10.0, 1, "train.stop_after=2", "train.eval_every=1")], indirect=True
 )
 def test_slow_work_is_no_hang(ranks: Ranks) -> None:
-    """Steps and saved tensors of half the timeout each, 30 seconds in all; rank 0 mostly waits."""
+    """Steps and saved tensors of half the timeout each, 25 seconds in all; rank 0 mostly waits."""
     begin = time.monotonic()
     assert [ranks.code(rank) for rank in range(2)] == [0, 0], ranks.text()
-    assert time.monotonic() - begin > 30
+    assert time.monotonic() - begin > 25
     assert not (ranks.folder / "hangs").exists()
     assert ranks.outcome()["outcome"] == "held"
     assert (ranks.folder / "pulse").is_file()

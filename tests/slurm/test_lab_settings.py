@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from slurm.lab_fixture import PROGRAM
+from slurm.lab_fixture import PROGRAM, lab_folder
 from slurmlab import locks, processes
 from slurmlab.configuration import cgroup_conf, hosts_file, slurm_conf
 from slurmlab.settings import (
@@ -127,14 +127,15 @@ def test_folders_of_others_are_never_deleted(
 
 
 def test_command_line_speaks_of_mistakes() -> None:
-    refused = run_lab("--dir", "/tmp/slurm-lab-none", "status")
+    folder = lab_folder("none")
+    refused = run_lab("--dir", str(folder), "status")
     assert refused.returncode == 1
-    assert "no lab in /tmp/slurm-lab-none" in refused.stderr
+    assert f"no lab in {folder}" in refused.stderr
     assert "Traceback" not in refused.stderr
-    refused = run_lab("--dir", "/tmp/slurm-lab-none", "up", "0")
+    refused = run_lab("--dir", str(folder), "up", "0")
     assert refused.returncode == 1
     assert "0 nodes asked for" in refused.stderr
-    assert not Path("/tmp/slurm-lab-none").exists()
+    assert not folder.exists()
 
 
 def test_help_says_what_each_command_does_and_needs() -> None:
@@ -159,7 +160,7 @@ def test_missing_programs_name_the_packages(
     from slurmlab.cluster import up
 
     with pytest.raises(LabError, match=r"missing: slurmctld, .*install\.sh"):
-        up(Path("/tmp/slurm-lab-none"), Settings())
+        up(lab_folder("none"), Settings())
 
 
 def test_lock_is_held_once(tmp_path: Path) -> None:
@@ -174,15 +175,17 @@ def test_lock_is_held_once(tmp_path: Path) -> None:
 
 
 def test_processes_are_known_by_whole_arguments() -> None:
-    child = subprocess.Popen(["sleep", "98.7"])
+    # The machine is searched, so nothing else on it may have this argument.
+    own = f"98.{os.getpid()}"
+    child = subprocess.Popen(["sleep", f"{own}7"])
     try:
-        processes.wait_until(lambda: bool(processes.find_program("sleep", "98.7")), 5)
-        found = processes.find_program("sleep", "98.7")
+        assert processes.wait_until(lambda: bool(processes.find_program("sleep", f"{own}7")), 30)
+        found = processes.find_program("sleep", f"{own}7")
         assert [process.pid for process in found] == [child.pid]
-        assert not processes.find_program("sleep", "98")
-        assert not processes.find_program("sleeper", "98.7")
+        assert not processes.find_program("sleep", own)
+        assert not processes.find_program("sleeper", f"{own}7")
         processes.stop(found)
-        assert child.wait(5) == -signal.SIGTERM
+        assert child.wait(30) == -signal.SIGTERM
         assert processes.read_process(child.pid) is None
     finally:
         child.kill()
@@ -191,17 +194,18 @@ def test_processes_are_known_by_whole_arguments() -> None:
 def test_stop_kills_what_is_deaf(tmp_path: Path) -> None:
     deaf = subprocess.Popen(["sh", "-c", "trap '' TERM; touch \"$0\"; while :; do sleep 0.1; done",
                              str(tmp_path / "ready")])  # fmt: skip
-    assert processes.wait_until((tmp_path / "ready").exists, 10)
+    assert processes.wait_until((tmp_path / "ready").exists, 30)
     process = processes.read_process(deaf.pid)
     assert process is not None
     processes.stop([process], patience=0.3)
-    assert deaf.wait(5) == -signal.SIGKILL
+    assert deaf.wait(30) == -signal.SIGKILL
 
 
 def test_a_reused_pid_is_not_signalled() -> None:
-    child = subprocess.Popen(["sleep", "60"])
+    own = f"60.{os.getpid()}"
+    child = subprocess.Popen(["sleep", own])
     try:
-        processes.wait_until(lambda: bool(processes.find_program("sleep", "60")), 5)
+        assert processes.wait_until(lambda: bool(processes.find_program("sleep", own)), 30)
         now = processes.read_process(child.pid)
         assert now is not None
         stale = processes.Process(now.pid, now.parent, "slurmd", ("slurmd",))

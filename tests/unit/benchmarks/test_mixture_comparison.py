@@ -97,16 +97,19 @@ def make_runs(folder: Path, names: list[str]) -> list[Run]:
 
 
 @pytest.fixture
-def scheduler(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Children that only sleep or fail; records the order and the number at a time."""
+def scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Children that only sleep or fail, once there are two; records order and number at a time."""
     seen = SimpleNamespace(started=[], finished=[], processes=[], most=0, codes={})
 
     def start(run: Run) -> subprocess.Popen[bytes]:
-        command = f"sleep 0.3; exit {seen.codes.get(run.variant, 0)}"
-        process = subprocess.Popen(["/bin/sh", "-c", command])
+        command = 'until [ -e "$0" ]; do sleep 0.02; done; sleep 0.2; exit "$1"'
+        two, code = tmp_path / "two", str(seen.codes.get(run.variant, 0))
+        process = subprocess.Popen(["/bin/sh", "-c", command, two, code])
         seen.started.append(run.variant)
         seen.processes.append(process)
         seen.most = max(seen.most, sum(child.poll() is None for child in seen.processes))
+        if len(seen.processes) == 2:
+            two.touch()
         return process
 
     def read(name: str, _: object) -> SimpleNamespace:

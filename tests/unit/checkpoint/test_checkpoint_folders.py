@@ -124,8 +124,8 @@ def test_second_process_is_refused_until_the_first_lets_go(tmp_path):
     def attempt():
         process = context.Process(target=try_lock, args=(tmp_path, results))
         process.start()
-        answer = results.get(timeout=60)
-        process.join(60)
+        answer = results.get(timeout=300)
+        process.join(300)
         return answer
 
     lock = FolderLock(tmp_path)

@@ -53,7 +53,7 @@ class Numbers:
 
     def __getitem__(self, index: int) -> np.ndarray:
         if self.gate is not None and threading.current_thread().name.startswith("loader"):
-            assert self.gate.wait(10)
+            assert self.gate.wait(60)
         if index == self.fail_at:
             raise OSError(f"disk lost sample {index}")
         self.read.append(index)
@@ -175,7 +175,7 @@ def test_prefetch_reads_the_next_step_in_another_thread():
     dataset = Numbers()
     with Loader(dataset, global_batch_size=4, micro_batch_size=2) as loader:
         loader.microbatches(0)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while len(dataset.read) < 8 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert dataset.read == list(range(8))

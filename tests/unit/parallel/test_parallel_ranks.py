@@ -61,7 +61,7 @@ def test_absent_peer_is_an_error_for_people(monkeypatch: pytest.MonkeyPatch) -> 
     # Port 1 cannot be bound or reached: rank 1 waits for a rank 0 that never comes.
     lonely = Ranks(1, 2, 1, 2, 0, "127.0.0.1", 1, "launcher")
     with pytest.raises(ParallelError, match=r"rank 1 of 2 could not meet .*127\.0\.0\.1:1"):
-        init_world("deepspeed", "cpu", ranks=lonely, timeout=timedelta(seconds=2))
+        init_world("deepspeed", "cpu", ranks=lonely, timeout=timedelta(seconds=1))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -117,14 +117,15 @@ SEED_1_2_3 = 6_201_754_918_196_647_608
 
 
 WORKER = """
-import sys, time
+import os, sys, time
 from mpotrain.parallel.watch import watch_parent
 marker = sys.argv[1]
 def orphan():
-    open(marker, "w").write("orphaned")
+    print("orphaned", file=open(marker + ".draft", "w"), flush=True)
+    os.rename(marker + ".draft", marker)
 watch = watch_parent(orphan, interval=0.05)
 print("ready", flush=True)
-time.sleep(60)
+time.sleep(300)
 """
 
 
@@ -137,7 +138,7 @@ def test_worker_notices_that_its_launcher_died(tmp_path: Path) -> None:
                                   stdout=subprocess.PIPE)
         worker.stdout.readline()
         print(worker.pid, flush=True)
-        time.sleep(60)
+        time.sleep(300)
         """
     )
     process = subprocess.Popen(
@@ -150,10 +151,10 @@ def test_worker_notices_that_its_launcher_died(tmp_path: Path) -> None:
         assert not marker.exists()
         process.kill()
         process.wait()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not marker.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert marker.read_text() == "orphaned"
+        assert marker.read_text() == "orphaned\n"
     finally:
         os.kill(worker, signal.SIGKILL)
 

@@ -91,12 +91,12 @@ def test_work_without_a_timeout_is_left_alone(start: Start, tmp_path: Path) -> N
 
 
 def test_a_suspended_process_does_not_hang(start: Start, tmp_path: Path) -> None:
-    """5 seconds pass in the middle of 1.5 seconds of silent work, 4 make a hang."""
-    process = start("beat:0.2", "say:ready", "silent:30", "beat:0.1", timeout=4.0)
+    """4 seconds pass in the middle of 1 second of silent work, 3 make a hang."""
+    process = start("beat:0.2", "say:ready", "silent:20", "beat:0.1", timeout=3.0)
     wait_for(tmp_path / "ready")
     time.sleep(0.2)
     process.send_signal(signal.SIGSTOP)
-    time.sleep(5.0)
+    time.sleep(4.0)
     process.send_signal(signal.SIGCONT)
     assert ended(process) == (0, "the end\n")
 
@@ -150,9 +150,12 @@ def test_one_rank_that_notices_is_enough(start: Start, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_rank_does_not_hold_the_other(start: Start, tmp_path: Path, stopped: int) -> None:
     ranks = [
-        start(f"say:{rank}", f"until:{1 - rank}", "wait:1000", timeout=1.5, rank=rank, size=2)
+        start(
+            "grace:2", f"say:{rank}", f"until:{1 - rank}", "wait:1000",
+            timeout=1.5, rank=rank, size=2,
+        )
         for rank in range(2)
-    ]
+    ]  # fmt: skip
     for name in ("0", "1"):
         wait_for(tmp_path / name)
     time.sleep(0.3)
@@ -199,10 +202,11 @@ def test_a_hurried_process_ends_even_without_a_timeout(start: Start) -> None:
 
 
 def test_hurry_leaves_time_for_the_longest_work_up_to_now(start: Start) -> None:
-    # 3 seconds of silence were normal here, so 1.5 more are.
-    actions = ("wait:3", "beat:0.3", "hurry:0.2", "wait:1.5", "beat:0.1")
-    assert ended(start(*actions, timeout=50))[0] == 0
-    assert ended(start("beat:0.3", "hurry:0.2", "wait:1000", timeout=50))[0] == EXIT_HUNG
+    # 1.5 seconds of silence were normal here, so 1.5 more are. (Looks are as far apart as a
+    # fortieth of the timeout.)
+    actions = ("wait:1.5", "beat:0.5", "hurry:0.2", "wait:1.5", "beat:0.1")
+    assert ended(start(*actions, timeout=16))[0] == 0
+    assert ended(start("beat:0.5", "hurry:0.2", "wait:1000", timeout=1000))[0] == EXIT_HUNG
 
 
 def test_a_watch_can_be_left(tmp_path: Path) -> None:

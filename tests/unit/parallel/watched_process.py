@@ -5,6 +5,7 @@ usage: watched_process.py FOLDER RANK SIZE TIMEOUT ACTION...
 Actions run one after the other: `beat:SECONDS` works for a time with a beat every 0.05 s, `wait:S`
 makes no progress for a time, `silent:N` works N times 0.05 s without a beat, `hold:S` keeps the
 interpreter to itself for a time, `hurry:S` becomes impatient, `end:S` shortens the timer in C,
+`grace:S` changes the time for other ranks to answer,
 `say:NAME` writes a file, `until:NAME` works until there is such a file, `print:N` prints N bytes.
 """
 
@@ -32,7 +33,7 @@ class Watched:
     def __init__(self, folder: Path, rank: int, size: int, timeout: float) -> None:
         self.folder, self.rank = folder, rank
         self.dog = Watchdog(
-            timeout or None, folder, rank=rank, size=size, on_hang=self.record, grace=5.0,
+            timeout or None, folder, rank=rank, size=size, on_hang=self.record, grace=30.0,
             has_ended=(folder / "ends.txt").exists,
         )  # fmt: skip
 
@@ -69,6 +70,9 @@ class Watched:
 
     def end(self, seconds: str) -> None:
         module.END_SECONDS = float(seconds)
+
+    def grace(self, seconds: str) -> None:
+        self.dog._grace = float(seconds)
 
     def print(self, number: str) -> None:
         print("x" * int(number), flush=True)

@@ -59,7 +59,7 @@ def run(out: Path, *argv: str, **environ: str) -> subprocess.CompletedProcess[st
         env=keep | own | environ,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 

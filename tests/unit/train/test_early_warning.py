@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,14 +16,15 @@ def test_sigusr1_is_ignored_from_the_first_line_on() -> None:
     # The modules of the command line take their time here.
     code = (
         "import runpy, sys, types; slow = types.ModuleType('mpotrain.cli');\n"
-        "def entry():\n    import time; print('in', flush=True); time.sleep(2); print('out')\n"
+        "def entry():\n    print('in', flush=True); sys.stdin.readline(); print('out')\n"
         "slow.entry = entry; sys.modules['mpotrain.cli'] = slow\n"
         "runpy.run_module('mpotrain', run_name='__main__')"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"in\n"
         os.kill(process.pid, signal.SIGUSR1)
-        time.sleep(0.1)
-        assert process.stdout.read() == b"out\n"
+        assert process.communicate(b"\n")[0] == b"out\n"
     assert process.returncode == 0
