@@ -244,9 +244,12 @@ class IndexedReader:
 
     @staticmethod
     def _map(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
-        if path.stat().st_size == 0:  # an empty file cannot be mapped
-            return np.zeros(0, dtype)
-        mapped: NDArray[Any] = np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
+        try:
+            if path.stat().st_size == 0:  # an empty file cannot be mapped
+                return np.zeros(0, dtype)
+            mapped: NDArray[Any] = np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error})") from error
         return mapped
 
     def _header(self, index: NDArray[np.uint8]) -> tuple[int, int]:

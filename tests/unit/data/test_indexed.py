@@ -132,6 +132,21 @@ def test_damaged_files_are_named(tmp_path, suffix, damage):
         IndexedReader(tmp_path / "s")
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_files_that_cannot_be_read_are_named(tmp_path, suffix, monkeypatch):
+    write(tmp_path / "s", [[1, 2, 3], [4]])
+    memmap = np.memmap
+
+    def forbidden(path, **more):
+        if path.suffix == suffix:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return memmap(path, **more)
+
+    monkeypatch.setattr(np, "memmap", forbidden)
+    with pytest.raises(DataError, match=rf"s{suffix} cannot be read .*Permission denied"):
+        IndexedReader(tmp_path / "s")
+
+
 @pytest.mark.parametrize(
     ("offset", "value", "reason"),
     [
