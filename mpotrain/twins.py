@@ -108,7 +108,9 @@ def _run(command: list[str]) -> int:
             child.terminate()
         while True:
             try:
-                return child.wait()
+                code = child.wait()
+                # A child that was stopped before it could listen has lost nothing.
+                return EXIT_STOPPED if warnings and code == -signal.SIGTERM else code
             except KeyboardInterrupt:
                 # The terminal has sent it to the child as well, which saves now; a second Ctrl-C
                 # kills the child by itself.

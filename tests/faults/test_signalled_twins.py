@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mpotrain import twins
+from mpotrain.errors import EXIT_STOPPED
 
 
 @pytest.mark.parametrize("child_is_known", [True, False])
@@ -34,7 +35,8 @@ def test_sigterm_while_a_child_starts_reaches_the_child(
     before = signal.signal(signal.SIGTERM, lambda number, _: ours.append(number))
     try:
         program = "import time; time.sleep(60)"
-        assert twins._run([sys.executable, "-c", program]) == -signal.SIGTERM
+        assert twins._run([sys.executable, "-c", program]) == EXIT_STOPPED
+        assert started[0].returncode == -signal.SIGTERM
         os.kill(os.getpid(), signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)
