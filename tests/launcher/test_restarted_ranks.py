@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from launch_fakes import ROOT
+from run_process import free_port
 
 from mpotrain.errors import EXIT_STOPPED, StorageError
 from mpotrain.train.journal import read_metrics
@@ -99,9 +99,7 @@ def wait_for_step(folder: Path, step: int, starts: int) -> int:
 
 @pytest.mark.slow
 def test_killed_rank_on_two_hosts(tmp_path: Path, hosts: list[subprocess.Popen[bytes]]) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     hosts += [start(tmp_path, node_rank, port) for node_rank in (1, 0)]
     killed_at = wait_for_step(tmp_path, 45, starts=1)
     ranks_of(hosts[0])[0].kill()
