@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from mpotrain.preflight.hostlist import expand_hostlist
+from mpotrain.schema import collect_problems
 
 _MODULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./+:=@-]*")
 _MEMORY = re.compile(r"[0-9]+([KMGT]B?)?", re.IGNORECASE)
@@ -168,12 +170,13 @@ def environment_problems(environment: Mapping[str, str], where: str) -> list[str
         environment: value by name.
         where: dotted key of the table.
     """
-    found = []
-    for name, value in environment.items():
+
+    def check(name: str) -> list[str]:
+        value = environment[name]
         if not _VARIABLE.fullmatch(name):
-            found.append(f"{where}.{name}: {name!r} is no name of an environment variable")
-        elif name in OWN_VARIABLES or name.startswith("SLURM_"):
-            found.append(f"{where}.{name}: is set by SLURM and the launcher; leave it out")
-        elif "\0" in value:
-            found.append(f"{where}.{name}: {value!r} holds a zero byte")
-    return found
+            return [f"{where}.{name}: {name!r} is no name of an environment variable"]
+        if name in OWN_VARIABLES or name.startswith("SLURM_"):
+            return [f"{where}.{name}: is set by SLURM and the launcher; leave it out"]
+        return [f"{where}.{name}: {value!r} holds a zero byte"] if "\0" in value else []
+
+    return collect_problems(*(partial(check, name) for name in environment))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from launcher.cluster_problems import path_problems
-from mpotrain.schema import config
+from mpotrain.schema import Check, collect_problems, config
 
 
 @config
@@ -81,21 +82,26 @@ class ApptainerContainer:
         Args:
             where: dotted key of this section.
         """
-        found = _image_problems(self.image, self.python, where)
-        found += [
-            f"{where}.binds[{index}]: is empty"
+        return collect_problems(
+            *_image_checks(self, where),
+            lambda: self._bind_problems(f"{where}.binds"),
+            lambda: self._option_problems(f"{where}.options"),
+        )
+
+    def _bind_problems(self, where: str) -> list[str]:
+        found = [
+            f"{where}[{index}]: is empty"
             for index, bind in enumerate(self.binds)
             if not bind.strip()
         ]
-        found += path_problems(
-            {f"{where}.binds[{index}]": bind for index, bind in enumerate(self.binds)}
-        )
-        found += [
-            f"{where}.options[{index}]: {option!r} is no option of apptainer; it must begin with -"
+        return found + _list_path_problems(self.binds, where)
+
+    def _option_problems(self, where: str) -> list[str]:
+        return [
+            f"{where}[{index}]: {option!r} is no option of apptainer; it must begin with -"
             for index, option in enumerate(self.options)
             if not option.startswith("-")
         ]
-        return found
 
 
 @config
@@ -139,16 +145,18 @@ class PyxisContainer:
         Args:
             where: dotted key of this section.
         """
-        found = _image_problems(self.image, self.python, where)
-        found += [
-            f"{where}.mounts[{index}]: {mount!r} must be SOURCE[:TARGET[:FLAGS]] without a comma"
+        return collect_problems(
+            *_image_checks(self, where),
+            lambda: self._mount_problems(f"{where}.mounts"),
+        )
+
+    def _mount_problems(self, where: str) -> list[str]:
+        found = [
+            f"{where}[{index}]: {mount!r} must be SOURCE[:TARGET[:FLAGS]] without a comma"
             for index, mount in enumerate(self.mounts)
             if not mount.strip() or "," in mount
         ]
-        found += path_problems(
-            {f"{where}.mounts[{index}]": mount for index, mount in enumerate(self.mounts)}
-        )
-        return found
+        return found + _list_path_problems(self.mounts, where)
 
 
 ContainerConfig = Annotated[
@@ -156,10 +164,22 @@ ContainerConfig = Annotated[
 ]
 
 
-def _image_problems(image: str, python: str, where: str) -> list[str]:
-    found = []
-    if not image.strip() or image.startswith("-"):
-        found.append(f"{where}.image: {image!r} names no image")
-    if not python.strip():
-        found.append(f"{where}.python: is empty; name the interpreter inside the image")
-    return found + path_problems({f"{where}.image": image, f"{where}.python": python})
+def _image_checks(container: ApptainerContainer | PyxisContainer, where: str) -> tuple[Check, ...]:
+    """Return the checks of what all containers have, for `collect_problems`."""
+
+    def image() -> list[str]:
+        given = container.image
+        no_image = not given.strip() or given.startswith("-")
+        found = [f"{where}.image: {given!r} names no image"] if no_image else []
+        return found + path_problems({f"{where}.image": given})
+
+    def python() -> list[str]:
+        if not container.python.strip():
+            return [f"{where}.python: is empty; name the interpreter inside the image"]
+        return path_problems({f"{where}.python": container.python})
+
+    return image, python
+
+
+def _list_path_problems(paths: Sequence[str], where: str) -> list[str]:
+    return path_problems({f"{where}[{index}]": path for index, path in enumerate(paths)})

@@ -74,7 +74,8 @@ class LivesConfig:
         return collect_problems(
             *(partial(at_least, key, value) for key, value in least.items()),
             lambda: self._grace_problems(f"{where}.grace_seconds"),
-            lambda: self._warning_problems(where),
+            lambda: self._warning_problems(f"{where}.warning_seconds"),
+            lambda: self._longest_problems(where),
         )
 
     def _grace_problems(self, where: str) -> list[str]:
@@ -83,15 +84,18 @@ class LivesConfig:
         return [f"{where}: must be at least 1, is {self.grace_seconds}"]
 
     def _warning_problems(self, where: str) -> list[str]:
-        found, warning = [], self.warning_seconds
-        if warning > 65_535:
-            found.append(f"{where}.warning_seconds: {warning}, but SLURM takes at most 65535")
-        if self.seconds_to_save > max(1, warning):
-            found.append(
-                f"{where}.grace_seconds: {self.grace_seconds} is longer than the {warning} seconds "
-                f"that {where}.warning_seconds leaves before the time limit"
-            )
-        return found
+        if self.warning_seconds <= 65_535:
+            return []
+        return [f"{where}: {self.warning_seconds}, but SLURM takes at most 65535"]
+
+    def _longest_problems(self, where: str) -> list[str]:
+        warning = self.warning_seconds
+        if self.seconds_to_save <= max(1, warning):
+            return []
+        return [
+            f"{where}.grace_seconds: {self.grace_seconds} is longer than the {warning} seconds "
+            f"that {where}.warning_seconds leaves before the time limit"
+        ]
 
 
 @config

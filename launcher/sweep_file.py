@@ -31,6 +31,8 @@ SINGLE_STAGE = "runs"
 _STAGE_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)
 _DOTTED_KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
+_NO_RUN = "run: is not set; name a run file, or write [stages.NAME] tables"
+
 Settings = dict[str, Any]
 """Dotted keys with their values; a table with a `kind` is a value."""
 
@@ -66,25 +68,7 @@ class StageConfig:
         Args:
             where: dotted key of this section, empty for the file itself.
         """
-        prefix = f"{where}." if where else ""
-        found = [] if self.run.strip() else [f"{prefix}run: is empty"]
-        sections = {"fixed": self.fixed, "grid": self.grid}
-        sections |= {f"include[{index}]": item for index, item in enumerate(self.include)}
-        sections |= {f"exclude[{index}]": item for index, item in enumerate(self.exclude)}
-        for section, settings in sections.items():
-            found += _key_problems(settings, f"{prefix}{section}")
-        fixed, grid = flat(self.fixed), flat(self.grid)
-        for key in sorted(fixed.keys() & grid.keys()):
-            found.append(f"{prefix}grid.{key}: stands in `fixed` as well; choose one")
-        for key, values in grid.items():
-            if not isinstance(values, list) or not values:
-                found.append(f"{prefix}grid.{key}: must be a list of values, is {values!r}")
-            elif len(values) > len({repr(value) for value in values}):
-                found.append(f"{prefix}grid.{key}: has a value twice")
-        for index, item in enumerate(self.exclude):
-            for key in sorted(flat(item).keys() - grid.keys()):
-                found.append(f"{prefix}exclude[{index}].{key}: is not in the grid")
-        return found
+        return _stage_problems(self, f"{where}." if where else "")
 
 
 @config
@@ -131,42 +115,44 @@ class SweepConfig:
         taken = ("run", "name", "fixed", "grid", "include", "exclude")
         return collect_problems(
             lambda: [] if self.folder.strip() else ["folder: is empty"],
-            self._run_problems,
+            lambda: [] if self.run is not None or self.stages else [_NO_RUN],
+            lambda: _stage_problems(self, ""),
             *(partial(self._beside_problems, key) for key in taken),
-            self._stage_problems,
+            lambda: collect_problems(
+                *(partial(self._named_problems, name) for name in self.stages)
+            ),
         )
-
-    def _run_problems(self) -> list[str]:
-        if self.run is not None:
-            return self.all_stages()[SINGLE_STAGE].problems("")
-        if self.stages:
-            return []
-        return ["run: is not set; name a run file, or write [stages.NAME] tables"]
 
     def _beside_problems(self, key: str) -> list[str]:
         if not self.stages or not getattr(self, key):
             return []
         return [f"{key}: stands beside `stages`; move it into a stage"]
 
-    def _stage_problems(self) -> list[str]:
-        found = []
-        for name, stage in self.stages.items():
-            where = f"stages.{name}"
-            if _STAGE_NAME.fullmatch(name) is None:
-                found.append(f"{where}: a stage is named with letters, digits, `_`, `-` and `.`")
-            found += stage.problems(where)
-            found += self._order_problems(name, stage)
-        return found
+    def _named_problems(self, name: str) -> list[str]:
+        where = f"stages.{name}"
 
-    def _order_problems(self, name: str, stage: StageConfig) -> list[str]:
-        found = []
-        for other in waits_for(stage):
-            key = f"stages.{name}.{'for_each' if other == stage.for_each else 'after'}"
-            if other not in self.stages:
-                found.append(f"{key}: there is no stage {other!r}; known: {', '.join(self.stages)}")
-            elif self._reaches(other, name):
-                found.append(f"{key}: {other!r} waits for {name!r} itself: neither would start")
-        return found
+        def naming() -> Iterator[str]:
+            if _STAGE_NAME.fullmatch(name) is None:
+                yield f"{where}: a stage is named with letters, digits, `_`, `-` and `.`"
+
+        return collect_problems(
+            naming,
+            lambda: self.stages[name].problems(where),
+            lambda: collect_problems(
+                *(partial(self._order_problems, name, other) for other in self.stages[name].after)
+            ),
+            lambda: self._order_problems(name, self.stages[name].for_each, "for_each"),
+        )
+
+    def _order_problems(self, name: str, other: str | None, key: str = "after") -> list[str]:
+        where = f"stages.{name}.{key}"
+        if other is None:
+            return []
+        if other not in self.stages:
+            return [f"{where}: there is no stage {other!r}; known: {', '.join(self.stages)}"]
+        if self._reaches(other, name):
+            return [f"{where}: {other!r} waits for {name!r} itself: neither would start"]
+        return []
 
     def _reaches(self, start: str, goal: str) -> bool:
         """Whether stage `start` is `goal`, or waits for it through others."""
@@ -240,6 +226,51 @@ def flat(settings: Mapping[str, Any], at: str = "") -> Settings:
         else:
             found[f"{at}{key}"] = value
     return found
+
+
+def _stage_problems(stage: StageConfig | SweepConfig, prefix: str) -> list[str]:
+    """Return what is wrong with the runs of a stage; `prefix` stands before the keys."""
+    return collect_problems(
+        partial(_file_problems, stage, prefix),
+        *(partial(_table_problems, stage, prefix, section) for section in ("fixed", "grid")),
+        *(partial(_list_problems, stage, prefix, section) for section in ("include", "exclude")),
+        partial(_twice_problems, stage, prefix),
+        partial(_value_problems, stage, prefix),
+        partial(_exclude_problems, stage, prefix),
+    )
+
+
+def _file_problems(stage: StageConfig | SweepConfig, prefix: str) -> list[str]:
+    return [] if stage.run is None or stage.run.strip() else [f"{prefix}run: is empty"]
+
+
+def _table_problems(stage: StageConfig | SweepConfig, prefix: str, section: str) -> list[str]:
+    return _key_problems(getattr(stage, section), f"{prefix}{section}")
+
+
+def _list_problems(stage: StageConfig | SweepConfig, prefix: str, section: str) -> Iterator[str]:
+    for index, settings in enumerate(getattr(stage, section)):
+        yield from _key_problems(settings, f"{prefix}{section}[{index}]")
+
+
+def _twice_problems(stage: StageConfig | SweepConfig, prefix: str) -> Iterator[str]:
+    for key in sorted(flat(stage.fixed).keys() & flat(stage.grid).keys()):
+        yield f"{prefix}grid.{key}: stands in `fixed` as well; choose one"
+
+
+def _value_problems(stage: StageConfig | SweepConfig, prefix: str) -> Iterator[str]:
+    for key, values in flat(stage.grid).items():
+        if not isinstance(values, list) or not values:
+            yield f"{prefix}grid.{key}: must be a list of values, is {values!r}"
+        elif len(values) > len({repr(value) for value in values}):
+            yield f"{prefix}grid.{key}: has a value twice"
+
+
+def _exclude_problems(stage: StageConfig | SweepConfig, prefix: str) -> Iterator[str]:
+    grid = flat(stage.grid)
+    for index, item in enumerate(stage.exclude):
+        for key in sorted(flat(item).keys() - grid.keys()):
+            yield f"{prefix}exclude[{index}].{key}: is not in the grid"
 
 
 def _key_problems(settings: Mapping[str, Any], where: str) -> list[str]:

@@ -250,8 +250,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         The validated run.
 
     Raises:
-        ConfigError: with every mistake of form (unknown keys, wrong types) and every mistake of
-            content in what has no mistake of form, each with its file and dotted key.
+        ConfigError: with every mistake of form and of content, each with its file and dotted key;
+            `mpotrain.config_file.validate` says what mistakes of form leave untold.
     """
     table = read_layers(path, overrides)
     if "task" in table.data and "model" not in table.data:

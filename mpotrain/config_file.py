@@ -45,7 +45,8 @@ def validate(kind: type[T], table: LayeredTable) -> T:
 
     Raises:
         ConfigError: with every mistake of form (unknown keys, wrong types) and every mistake of
-            content in what has no mistake of form, each with its file and dotted key.
+            content that can be told without reading a key of the wrong form, each with its file
+            and dotted key. Sections are held against each other where both have the right form.
     """
     _name_kinds(kind, table.data)
     try:

@@ -14,6 +14,8 @@ from typing import Any, TypeVar, dataclass_transform
 from pydantic import ConfigDict
 
 T = TypeVar("T")
+Check = Callable[[], Iterable[str]]
+"""A check that can be made without others: it says what is wrong."""
 
 STRICT = ConfigDict(
     extra="forbid",
@@ -27,7 +29,7 @@ class UnsoundKeyError(Exception):
     """A check reads a key whose form is wrong, so it has nothing to say until that is mended."""
 
 
-def collect_problems(*checks: Callable[[], Iterable[str]]) -> list[str]:
+def collect_problems(*checks: Check) -> list[str]:
     """Return what checks have to say, each of which can be made without the others.
 
     Args:
@@ -44,6 +46,19 @@ def collect_problems(*checks: Callable[[], Iterable[str]]) -> list[str]:
         except UnsoundKeyError:
             continue
     return found
+
+
+def sound_or(read: Callable[[], T], instead: T) -> T:
+    """Return a value of a configuration, or another one where the form of its key is wrong.
+
+    Args:
+        read: reads the key.
+        instead: a value beside which checks that are given it have nothing to say about the key.
+    """
+    try:
+        return read()
+    except UnsoundKeyError:
+        return instead
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from mpotrain.schema import config
+from functools import partial
+
+from mpotrain.schema import collect_problems, config
 
 
 @config
@@ -24,19 +26,31 @@ class CheckpointConfig:
         Args:
             where: dotted key of the section.
         """
-        found = []
-        if self.every < 1:
-            found.append(f"{where}.every: {self.every} steps is not a positive interval")
-        if self.keep_last < 1:
-            found.append(
-                f"{where}.keep_last: {self.keep_last} would keep no checkpoint; at least 1"
-            )
-        if self.keep_every is not None and self.keep_every < 1:
-            found.append(f"{where}.keep_every: {self.keep_every} steps is not a positive interval")
-        elif self.keep_every is not None and self.every >= 1 and self.keep_every % self.every:
-            nearest = max(1, round(self.keep_every / self.every)) * self.every
-            found.append(
-                f"{where}.keep_every: {self.keep_every} is not a multiple of {where}.every "
-                f"({self.every}), so most of those steps are never saved; nearest is {nearest}"
-            )
-        return found
+        return collect_problems(
+            partial(self._interval_problems, where, "every"),
+            partial(self._number_problems, where),
+            partial(self._interval_problems, where, "keep_every"),
+            partial(self._multiple_problems, where),
+        )
+
+    def _interval_problems(self, where: str, key: str) -> list[str]:
+        steps = getattr(self, key)
+        if steps is None or steps >= 1:
+            return []
+        return [f"{where}.{key}: {steps} steps is not a positive interval"]
+
+    def _number_problems(self, where: str) -> list[str]:
+        if self.keep_last >= 1:
+            return []
+        return [f"{where}.keep_last: {self.keep_last} would keep no checkpoint; at least 1"]
+
+    def _multiple_problems(self, where: str) -> list[str]:
+        if self.keep_every is None or min(self.keep_every, self.every) < 1:
+            return []
+        if self.keep_every % self.every == 0:
+            return []
+        nearest = max(1, round(self.keep_every / self.every)) * self.every
+        return [
+            f"{where}.keep_every: {self.keep_every} is not a multiple of {where}.every "
+            f"({self.every}), so most of those steps are never saved; nearest is {nearest}"
+        ]

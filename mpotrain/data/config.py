@@ -7,11 +7,12 @@ which writes the prepared folders that `DataConfig.sources` names. No torch here
 from __future__ import annotations
 
 import math
+from functools import partial
 from os.path import normpath
 from typing import Literal, TypeAlias
 
 from mpotrain.data.objective_config import CausalConfig, ObjectiveConfig
-from mpotrain.schema import collect_problems, config
+from mpotrain.schema import collect_problems, config, sound_or
 
 MIN_TRAINED_VOCAB = 300
 """256 byte pieces, the control pieces and room for a few letters."""
@@ -30,12 +31,20 @@ class SourceConfig:
 
     def problems(self, where: str) -> list[str]:
         """Return every mistake in this section as lines that begin with the dotted key."""
-        found = []
-        if not self.path.strip():
-            found.append(f"{where}.path: is empty; name a folder that `mpotrain prepare` wrote")
-        if not (math.isfinite(self.weight) and self.weight > 0):
-            found.append(f"{where}.weight: is {self.weight} but must be a positive number")
-        return found
+        return collect_problems(
+            lambda: self._path_problems(f"{where}.path"),
+            lambda: self._weight_problems(f"{where}.weight"),
+        )
+
+    def _path_problems(self, where: str) -> list[str]:
+        if self.path.strip():
+            return []
+        return [f"{where}: is empty; name a folder that `mpotrain prepare` wrote"]
+
+    def _weight_problems(self, where: str) -> list[str]:
+        if math.isfinite(self.weight) and self.weight > 0:
+            return []
+        return [f"{where}: is {self.weight} but must be a positive number"]
 
 
 @config
@@ -57,27 +66,32 @@ class DataConfig:
 
     def problems(self, where: str) -> list[str]:
         """Return every mistake in this section as lines that begin with the dotted key."""
+        length = sound_or(lambda: self.sequence_length, None)
         return collect_problems(
             lambda: self._source_problems(f"{where}.sources"),
             lambda: self._length_problems(f"{where}.sequence_length"),
             lambda: seed_problems(self.seed, where),
             lambda: self._split_problems(f"{where}.split"),
-            lambda: self.objective.problems(f"{where}.objective", self.sequence_length),
+            lambda: self.objective.problems(f"{where}.objective", length),
         )
 
     def _source_problems(self, where: str) -> list[str]:
-        found = []
         if not self.sources:
-            found.append(f"{where}: is empty; at least one prepared folder is needed")
-        for index, source in enumerate(self.sources):
-            found += source.problems(f"{where}[{index}]")
+            return [f"{where}: is empty; at least one prepared folder is needed"]
+
+        def check(index: int) -> list[str]:
+            return self.sources[index].problems(f"{where}[{index}]")
+
+        each = (partial(check, index) for index in range(len(self.sources)))
+        return collect_problems(*each, lambda: self._twice_problems(where))
+
+    def _twice_problems(self, where: str) -> list[str]:
         paths = [normpath(source.path) for source in self.sources]
-        found += [
+        return [
             f"{where}[{index}].path: {path!r} is listed twice; add up the weights instead"
             for index, path in enumerate(paths)
             if path in paths[:index]
         ]
-        return found
 
     def _length_problems(self, where: str) -> list[str]:
         if self.sequence_length >= 1:

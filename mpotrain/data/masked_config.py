@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar, Literal
 
 from mpotrain.data.manifest import TokenizerEntry
@@ -9,7 +10,7 @@ from mpotrain.data.special_ids import MaskedTokens, require_ends
 from mpotrain.data.window import Window, rate_problems
 from mpotrain.errors import DataError
 from mpotrain.sample import SampleLengths
-from mpotrain.schema import config
+from mpotrain.schema import collect_problems, config
 
 
 @config
@@ -46,29 +47,42 @@ class MaskedConfig:
 
     SPECIALS: ClassVar = ("mask_id", "cls_id", "sep_id")
 
-    def problems(self, where: str, sequence_length: int) -> list[str]:
-        """Return every mistake in this section as lines that begin with the dotted key."""
-        found = rate_problems(where, self.rate)
-        shares = {"mask_share": self.mask_share, "random_share": self.random_share}
-        found += [
-            f"{where}.{key}: is {share} but must lie in 0..1"
-            for key, share in shares.items()
-            if not 0 <= share <= 1
-        ]
-        # Fractions such as 0.7 + 0.3 must not fail by their last bit.
-        if all(0 <= share <= 1 for share in shares.values()) and sum(shares.values()) > 1 + 1e-9:
-            found.append(
-                f"{where}.random_share: is {self.random_share}, which with mask_share "
-                f"{self.mask_share} makes more than 1"
-            )
-        return found + self._length_problems(where, sequence_length) + self._id_problems(where)
+    def problems(self, where: str, sequence_length: int | None) -> list[str]:
+        """Return every mistake in this section as lines that begin with the dotted key.
 
-    def _length_problems(self, where: str, sequence_length: int) -> list[str]:
+        Args:
+            where: dotted key of this section.
+            sequence_length: tokens of a sample; None where it cannot be read.
+        """
+        return collect_problems(
+            lambda: rate_problems(where, self.rate),
+            *(partial(self._share_problems, where, key) for key in ("mask_share", "random_share")),
+            lambda: self._sum_problems(f"{where}.random_share"),
+            lambda: self._length_problems(where, sequence_length),
+            *(partial(self._sign_problems, where, key) for key in self.SPECIALS),
+            lambda: self._twice_problems(where),
+        )
+
+    def _share_problems(self, where: str, key: str) -> list[str]:
+        share = getattr(self, key)
+        return [] if 0 <= share <= 1 else [f"{where}.{key}: is {share} but must lie in 0..1"]
+
+    def _sum_problems(self, where: str) -> list[str]:
+        shares = (self.mask_share, self.random_share)
+        # Fractions such as 0.7 + 0.3 must not fail by their last bit.
+        if not all(0 <= share <= 1 for share in shares) or sum(shares) <= 1 + 1e-9:
+            return []
+        return [
+            f"{where}: is {self.random_share}, which with mask_share {self.mask_share} makes more "
+            "than 1"
+        ]
+
+    def _length_problems(self, where: str, sequence_length: int | None) -> list[str]:
         if self.min_segment < 1:
             return [f"{where}.min_segment: is {self.min_segment} but must be at least 1"]
         text = 2 * self.min_segment if self.pairs else 1
         needed = text + self._num_marks
-        if sequence_length >= needed:
+        if sequence_length is None or sequence_length >= needed:
             return []
         what = f"two segments of {self.min_segment} tokens" if self.pairs else "one token"
         return [
@@ -76,21 +90,19 @@ class MaskedConfig:
             f"but it is {sequence_length}"
         ]
 
-    def _id_problems(self, where: str) -> list[str]:
+    def _sign_problems(self, where: str, key: str) -> list[str]:
+        value = getattr(self, key)
+        return [f"{where}.{key}: is {value} but ids begin at 0"] if (value or 0) < 0 else []
+
+    def _twice_problems(self, where: str) -> list[str]:
         given = {key: getattr(self, key) for key in self.SPECIALS}
         given = {key: value for key, value in given.items() if value is not None}
-        found = [
-            f"{where}.{key}: is {value} but ids begin at 0"
-            for key, value in given.items()
-            if value < 0
-        ]
         values = list(given.values())
-        found += [
+        return [
             f"{where}.{key}: is {value}, and so is another of {', '.join(self.SPECIALS)}"
             for index, (key, value) in enumerate(given.items())
             if value in values[:index]
         ]
-        return found
 
     @property
     def _num_marks(self) -> int:

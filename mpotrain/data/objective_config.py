@@ -30,8 +30,13 @@ class CausalConfig:
     document_mask: bool = False
     """Tokens see their own document alone, and positions begin anew with each document."""
 
-    def problems(self, where: str, sequence_length: int) -> list[str]:
-        """Return every mistake in this section as lines that begin with the dotted key."""
+    def problems(self, where: str, sequence_length: int | None) -> list[str]:
+        """Return every mistake in this section as lines that begin with the dotted key.
+
+        Args:
+            where: dotted key of this section.
+            sequence_length: tokens of a sample; None where it cannot be read.
+        """
         del where, sequence_length
         return []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 from mpotrain.data.manifest import TokenizerEntry
@@ -10,7 +11,7 @@ from mpotrain.data.special_ids import SpanTokens, require_ends
 from mpotrain.data.window import Window, rate_problems
 from mpotrain.errors import DataError
 from mpotrain.sample import SampleLengths
-from mpotrain.schema import config
+from mpotrain.schema import collect_problems, config
 
 
 @config
@@ -39,28 +40,52 @@ class SpanCorruptionConfig:
     start_id: int | None = None
     """First id that the decoder reads (0 in T5); default: the tokenizer's end of text."""
 
-    def problems(self, where: str, sequence_length: int) -> list[str]:
-        """Return every mistake in this section as lines that begin with the dotted key."""
-        found = rate_problems(where, self.rate)
-        if not self.mean_span >= 1:
-            found.append(f"{where}.mean_span: is {self.mean_span} but must be at least 1")
-        found += [
-            f"{where}.{key}: is {value} but ids begin at 0"
-            for key, value in (("eos_id", self.eos_id), ("start_id", self.start_id))
-            if value is not None and value < 0
-        ]
-        if self.num_sentinels < 1:
-            found.append(f"{where}.num_sentinels: is {self.num_sentinels} but must be at least 1")
-        elif self.first_sentinel_id is not None:
-            found += self._sentinel_problems(where, self.first_sentinel_id)
-        if sequence_length < SHORTEST:
-            found.append(
-                f"{where}: a corrupted row needs a sequence_length of at least {SHORTEST}, "
-                f"but it is {sequence_length}"
-            )
-        return found or self._span_problems(where, self.spans(sequence_length))
+    def problems(self, where: str, sequence_length: int | None) -> list[str]:
+        """Return every mistake in this section as lines that begin with the dotted key.
 
-    def _sentinel_problems(self, where: str, first: int) -> list[str]:
+        Args:
+            where: dotted key of this section.
+            sequence_length: tokens of a sample; None where it cannot be read.
+        """
+        own = collect_problems(
+            lambda: rate_problems(where, self.rate),
+            lambda: self._mean_problems(f"{where}.mean_span"),
+            *(partial(self._sign_problems, where, key) for key in ("eos_id", "start_id")),
+            lambda: self._number_problems(f"{where}.num_sentinels"),
+            lambda: self._sentinel_problems(where),
+            lambda: self._length_problems(where, sequence_length),
+        )
+        # Numbers that are wrong in themselves would be wrong once more together.
+        if own or sequence_length is None:
+            return own
+        return collect_problems(lambda: self._span_problems(where, self.spans(sequence_length)))
+
+    def _mean_problems(self, where: str) -> list[str]:
+        return (
+            [] if self.mean_span >= 1 else [f"{where}: is {self.mean_span} but must be at least 1"]
+        )
+
+    def _sign_problems(self, where: str, key: str) -> list[str]:
+        value = getattr(self, key)
+        return [f"{where}.{key}: is {value} but ids begin at 0"] if (value or 0) < 0 else []
+
+    def _number_problems(self, where: str) -> list[str]:
+        if self.num_sentinels >= 1:
+            return []
+        return [f"{where}: is {self.num_sentinels} but must be at least 1"]
+
+    def _length_problems(self, where: str, sequence_length: int | None) -> list[str]:
+        if sequence_length is None or sequence_length >= SHORTEST:
+            return []
+        return [
+            f"{where}: a corrupted row needs a sequence_length of at least {SHORTEST}, "
+            f"but it is {sequence_length}"
+        ]
+
+    def _sentinel_problems(self, where: str) -> list[str]:
+        first = self.first_sentinel_id
+        if first is None or self.num_sentinels < 1:
+            return []
         last = first - self.num_sentinels + 1
         if last < 0:
             return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import gcd
 from typing import Annotated, Literal
 
@@ -9,7 +10,7 @@ from pydantic import Field
 
 from mpotrain.engine.megatron.config import MegatronConfig
 from mpotrain.parallel.plan import DEGREES, ParallelConfig
-from mpotrain.schema import config
+from mpotrain.schema import collect_problems, config
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["fp32", "bf16"]
@@ -87,6 +88,21 @@ class DeepSpeedConfig:
     """Weight elements held whole at a time (stage 3)."""
     device: Device = "auto"
     """Where to compute; "auto" takes CUDA where there is any."""
+
+    def problems(self, where: str) -> list[str]:
+        """Return everything wrong with the section itself, one line each.
+
+        Args:
+            where: dotted key of this section.
+        """
+        checks = (
+            *(_stage_problems, _reduce_problems, _masters_problems, _weights_problems),
+            _halves_problems,
+        )
+        return collect_problems(
+            *(partial(check, self, where) for check in checks),
+            *(partial(_size_problems, self, where, *least) for least in _AT_LEAST.items()),
+        )
 
 
 EngineConfig = Annotated[
@@ -181,9 +197,7 @@ def problems(engine: EngineConfig, world_size: int | None, where: str) -> list[s
     """
     if isinstance(engine, LocalConfig):
         return _local_problems(world_size, where)
-    if isinstance(engine, MegatronConfig):
-        return _overlap_problems(engine, where)
-    return _zero_problems(engine, where) + _size_problems(engine, where)
+    return engine.problems(where)
 
 
 def _local_problems(world_size: int | None, where: str) -> list[str]:
@@ -195,65 +209,63 @@ def _local_problems(world_size: int | None, where: str) -> list[str]:
     ]
 
 
-def _overlap_problems(engine: MegatronConfig, where: str) -> list[str]:
-    found = []
-    if engine.bucket_elements < 1:
-        found.append(f"{where}.bucket_elements: {engine.bucket_elements}; it must be at least 1")
-    needed = [
-        f"{where}.{key}=true"
-        for key in ("distributed_optimizer", "overlap_grad_reduce")
-        if not getattr(engine, key)
-    ]
-    if engine.overlap_param_gather and needed:
-        found.append(
-            f"{where}.overlap_param_gather: gathers what each rank of the distributed optimizer "
-            "has updated, in the buckets in which gradients are reduced during backward; set "
-            f"{' and '.join(needed)}, or {where}.overlap_param_gather=false"
-        )
-    return found
+_AT_LEAST = {
+    "reduce_bucket_elements": 1,
+    "gather_bucket_elements": 1,
+    "prefetch_elements": 0,
+    "persistence_threshold": 0,
+    "max_live_elements": 0,
+}
 
 
-def _zero_problems(engine: DeepSpeedConfig, where: str) -> list[str]:
-    found = []
-    if engine.dtype == "bf16" and engine.zero_stage == 0:
-        found.append(
-            f"{where}.zero_stage: 0 with 16-bit weights is refused: DeepSpeed 0.19.8 sets up its "
-            "optimizer there by a real step with zero gradients, so training would start with "
-            "Adam's counter at 1 and weights already decayed; use stage 1, or dtype fp32"
-        )
-    if engine.reduce_dtype == "bf16" and engine.dtype != "bf16":
-        found.append(
-            f"{where}.reduce_dtype: bf16 sums beside {engine.dtype} weights lose what the weights "
-            "keep; use fp32"
-        )
-    if engine.offload_optimizer and engine.zero_stage == 0:
-        found.append(
-            f"{where}.offload_optimizer: stage 0 keeps the optimizer whole on the device and has "
-            "nothing to offload; use stage 1, 2 or 3"
-        )
-    if engine.offload_parameters and engine.zero_stage != 3:
-        found.append(
-            f"{where}.offload_parameters: only stage 3 splits weights, and only split weights are "
-            f"offloaded (stage is {engine.zero_stage}); use stage 3"
-        )
-    if engine.offload_parameters and not engine.offload_optimizer:
-        found.append(
-            f"{where}.offload_parameters: weights in host memory beside masters on the device save "
-            "the smaller part; set offload_optimizer=true as well"
-        )
-    return found
-
-
-def _size_problems(engine: DeepSpeedConfig, where: str) -> list[str]:
-    at_least = {
-        "reduce_bucket_elements": 1,
-        "gather_bucket_elements": 1,
-        "prefetch_elements": 0,
-        "persistence_threshold": 0,
-        "max_live_elements": 0,
-    }
+def _stage_problems(engine: DeepSpeedConfig, where: str) -> list[str]:
+    if engine.dtype != "bf16" or engine.zero_stage != 0:
+        return []
     return [
-        f"{where}.{key}: {getattr(engine, key)}; it must be at least {least}"
-        for key, least in at_least.items()
-        if getattr(engine, key) < least
+        f"{where}.zero_stage: 0 with 16-bit weights is refused: DeepSpeed 0.19.8 sets up its "
+        "optimizer there by a real step with zero gradients, so training would start with "
+        "Adam's counter at 1 and weights already decayed; use stage 1, or dtype fp32"
     ]
+
+
+def _reduce_problems(engine: DeepSpeedConfig, where: str) -> list[str]:
+    if engine.reduce_dtype != "bf16" or engine.dtype == "bf16":
+        return []
+    return [
+        f"{where}.reduce_dtype: bf16 sums beside {engine.dtype} weights lose what the weights "
+        "keep; use fp32"
+    ]
+
+
+def _masters_problems(engine: DeepSpeedConfig, where: str) -> list[str]:
+    if not engine.offload_optimizer or engine.zero_stage != 0:
+        return []
+    return [
+        f"{where}.offload_optimizer: stage 0 keeps the optimizer whole on the device and has "
+        "nothing to offload; use stage 1, 2 or 3"
+    ]
+
+
+def _weights_problems(engine: DeepSpeedConfig, where: str) -> list[str]:
+    if not engine.offload_parameters or engine.zero_stage == 3:
+        return []
+    return [
+        f"{where}.offload_parameters: only stage 3 splits weights, and only split weights are "
+        f"offloaded (stage is {engine.zero_stage}); use stage 3"
+    ]
+
+
+def _halves_problems(engine: DeepSpeedConfig, where: str) -> list[str]:
+    if not engine.offload_parameters or engine.offload_optimizer:
+        return []
+    return [
+        f"{where}.offload_parameters: weights in host memory beside masters on the device save "
+        "the smaller part; set offload_optimizer=true as well"
+    ]
+
+
+def _size_problems(engine: DeepSpeedConfig, where: str, key: str, least: int) -> list[str]:
+    elements = getattr(engine, key)
+    if elements >= least:
+        return []
+    return [f"{where}.{key}: {elements}; it must be at least {least}"]

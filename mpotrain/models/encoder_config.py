@@ -23,7 +23,7 @@ from mpotrain.nn.sharing_config import (
     StartConfig,
 )
 from mpotrain.sample import SampleLengths
-from mpotrain.schema import collect_problems, config
+from mpotrain.schema import collect_problems, config, sound_or
 
 SITE_NAMES = ("embedding", *BLOCK_FAMILIES)
 """Families of `EncoderSites`."""
@@ -299,6 +299,7 @@ class EncoderConfig(NetworkConfig):
         Args:
             where: dotted key of this section, at the head of every line.
         """
+        layers = sound_or(lambda: self.num_layers, 0)
         # Beside a wrong size all checks go on that do not need it.
         return [
             *size_problems(self, where, SIZE_KEYS, ("dropout", "attention_dropout")),
@@ -306,11 +307,14 @@ class EncoderConfig(NetworkConfig):
             *collect_problems(
                 lambda: self._embedding_problems(where),
                 lambda: head_problems(self.hidden_size, self.num_heads, where),
-                lambda: self.sharing.problems(f"{where}.sharing", self.num_layers),
-                lambda: self.start.problems(f"{where}.start", self.num_layers),
+                lambda: self.sharing.problems(f"{where}.sharing", layers),
+                lambda: self.start.problems(f"{where}.start", layers),
                 lambda: self._adapter_problems(f"{where}.adapter"),
                 *(partial(self._site_problems, where, family) for family in SITE_NAMES),
-                lambda: self._sharing_problems(where),
+                lambda: self._central_problems(where),
+                lambda: self._scale_problems(where),
+                lambda: self._unscaled_problems(where),
+                lambda: self._deepnorm_problems(where),
             ),
         ]
 
@@ -322,35 +326,47 @@ class EncoderConfig(NetworkConfig):
     def _adapter_problems(self, where: str) -> list[str]:
         if self.adapter is None:
             return []
-        shapes = {family: s for family, s in self.site_shapes().items() if min(s) >= 1}
+        none: dict[str, tuple[int, int]] = {}
+        shapes = sound_or(self.site_shapes, none)
+        shapes = {family: shape for family, shape in shapes.items() if min(shape) >= 1}
         return self.adapter.problems(where, shapes)
 
     def _site_problems(self, where: str, family: str) -> list[str]:
         choice, shape = getattr(self.sites, family), self.site_shapes()[family]
         return site_problems(choice, shape, f"{where}.sites.{family}") if min(shape) >= 1 else []
 
-    def _sharing_problems(self, where: str) -> list[str]:
-        found = []
-        tensorized = [f for f in BLOCK_FAMILIES if getattr(self.sites, f).kind != "dense"]
-        if self.sharing.scope == "central" and not tensorized:
-            found.append(
-                f'{where}.sharing.scope: "central", but every family of {where}.sites is dense and '
-                "has no central tensor; tensorize some, or share whole blocks (scope all)"
-            )
-        if self.start.auxiliary_scale != "none" and not tensorized:
-            found.append(
-                f"{where}.start.auxiliary_scale: {self.start.auxiliary_scale}, but no family of "
-                f"{where}.sites has auxiliary tensors"
-            )
+    def _tensorized(self) -> list[str]:
+        return [f for f in BLOCK_FAMILIES if getattr(self.sites, f).kind != "dense"]
+
+    def _central_problems(self, where: str) -> list[str]:
+        if self.sharing.scope != "central" or self._tensorized():
+            return []
+        return [
+            f'{where}.sharing.scope: "central", but every family of {where}.sites is dense and '
+            "has no central tensor; tensorize some, or share whole blocks (scope all)"
+        ]
+
+    def _scale_problems(self, where: str) -> list[str]:
+        if self.start.auxiliary_scale == "none" or self._tensorized():
+            return []
+        return [
+            f"{where}.start.auxiliary_scale: {self.start.auxiliary_scale}, but no family of "
+            f"{where}.sites has auxiliary tensors"
+        ]
+
+    def _unscaled_problems(self, where: str) -> list[str]:
         together = self.num_layers // self.num_blocks if self._has_equal_groups() else 1
-        if self.start.unscaled_layers % together:
-            found.append(
-                f"{where}.start.unscaled_layers: {self.start.unscaled_layers}, but {together} "
-                "layers in a row share all weights; take a multiple of that"
-            )
-        if self.start.deepnorm and self.norm == "pre":
-            found.append(f'{where}.start.deepnorm: belongs to {where}.norm="post"')
-        return found
+        if self.start.unscaled_layers % together == 0:
+            return []
+        return [
+            f"{where}.start.unscaled_layers: {self.start.unscaled_layers}, but {together} "
+            "layers in a row share all weights; take a multiple of that"
+        ]
+
+    def _deepnorm_problems(self, where: str) -> list[str]:
+        if not self.start.deepnorm or self.norm != "pre":
+            return []
+        return [f'{where}.start.deepnorm: belongs to {where}.norm="post"']
 
     def _has_equal_groups(self) -> bool:
         groups = self.sharing.groups

@@ -15,6 +15,7 @@ from mpotrain.models.network import (
     NetworkConfig,
     Objective,
     head_problems,
+    known_size,
     positive_problems,
     size_problems,
 )
@@ -207,21 +208,29 @@ class GPT2Config(NetworkConfig):
         return collect_problems(
             lambda: head_problems(self.hidden_size, self.num_heads, where),
             lambda: self._mixture_problems(f"{where}.moe"),
+            *(partial(self._useless_problems, where, family) for family in FEED_FORWARD),
             *(partial(self._site_problems, where, family) for family in SITE_NAMES),
         )
 
     def _mixture_problems(self, where: str) -> list[str]:
         if self.moe is None:
             return []
-        return self.moe.problems(where, self.hidden_size, self.ffn_size, self.num_layers)
+        return self.moe.problems(
+            where,
+            known_size(lambda: self.hidden_size),
+            known_size(lambda: self.ffn_size),
+            known_size(lambda: self.num_layers),
+        )
+
+    def _useless_problems(self, where: str, family: str) -> list[str]:
+        choice = getattr(self.sites, family)
+        if self.moe is None or self.moe.every != 1 or choice == DenseSite():
+            return []
+        return [
+            f"{where}.sites.{family}: has no effect, every block has a mixture of experts "
+            f"instead; leave it out and describe the experts in {where}.moe.{family}"
+        ]
 
     def _site_problems(self, where: str, family: str) -> list[str]:
-        choice, found = getattr(self.sites, family), []
-        in_mixtures = family in FEED_FORWARD and self.moe is not None and self.moe.every == 1
-        if in_mixtures and choice != DenseSite():
-            found.append(
-                f"{where}.sites.{family}: has no effect, every block has a mixture of experts "
-                f"instead; leave it out and describe the experts in {where}.moe.{family}"
-            )
-        shape = self.site_shapes()[family]
-        return found + site_problems(choice, shape, f"{where}.sites.{family}")
+        choice, shape = getattr(self.sites, family), self.site_shapes()[family]
+        return site_problems(choice, shape, f"{where}.sites.{family}")

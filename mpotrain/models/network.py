@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import ClassVar, Literal
 
 from mpotrain.models.sites import ParameterInfo, Site
 from mpotrain.nn.moe.config import MoEConfig
 from mpotrain.sample import SampleLengths
-from mpotrain.schema import collect_problems
+from mpotrain.schema import collect_problems, sound_or
 
 Objective = Literal["causal", "masked", "span_corruption"]
 """What a network learns: the next token, masked tokens, or masked spans."""
@@ -158,6 +158,16 @@ def positive_problems(config: object, where: str, keys: Sequence[str]) -> list[s
         return [] if value > 0 else [f"{where}.{name}: must be positive, is {value}"]
 
     return collect_problems(*(partial(check, name) for name in keys))
+
+
+def known_size(read: Callable[[], int]) -> int | None:
+    """Return a size; None where it is itself wrong, so that nothing is held against it.
+
+    Args:
+        read: reads the size.
+    """
+    size = sound_or(read, 0)
+    return size if size >= 1 else None
 
 
 def head_problems(hidden_size: int, num_heads: int, where: str) -> list[str]:

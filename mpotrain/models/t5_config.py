@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import ClassVar, Literal
 
-from mpotrain.models.network import NetworkConfig, Objective, positive_problems, size_problems
+from mpotrain.models.network import (
+    NetworkConfig,
+    Objective,
+    known_size,
+    positive_problems,
+    size_problems,
+)
 from mpotrain.models.sites import ParameterInfo, Site, site_parameters
 from mpotrain.nn.config import DenseSite, SiteConfig, site_problems
-from mpotrain.nn.moe.config import DenseExpertSite, MoEConfig
+from mpotrain.nn.moe.config import MoEConfig
 from mpotrain.sample import SampleLengths, Stream
 from mpotrain.schema import collect_problems, config
 
@@ -249,6 +254,7 @@ class T5Config(NetworkConfig):
                 lambda: self._depth_problems(where),
                 lambda: self._bucket_problems(where),
                 lambda: self._mixture_problems(f"{where}.moe"),
+                *(partial(self._useless_problems, where, family) for family in FEED_FORWARD),
                 *(partial(self._site_problems, where, family) for family in SITE_NAMES),
             ),
         ]
@@ -269,26 +275,25 @@ class T5Config(NetworkConfig):
             "larger ones, for each direction"
         ]
 
+    def _useless_problems(self, where: str, family: str) -> list[str]:
+        choice = getattr(self.sites, family)
+        if self.moe is None or self.moe.every != 1 or choice == DenseSite():
+            return []
+        return [
+            f"{where}.sites.{family}: has no effect, every block has a mixture of experts "
+            f"instead; leave it out and describe the experts in {where}.moe.{family}"
+        ]
+
     def _site_problems(self, where: str, family: str) -> list[str]:
-        choice, found = getattr(self.sites, family), []
-        in_mixtures = family in FEED_FORWARD and self.moe is not None and self.moe.every == 1
-        if in_mixtures and choice != DenseSite():
-            found.append(
-                f"{where}.sites.{family}: has no effect, every block has a mixture of experts "
-                f"instead; leave it out and describe the experts in {where}.moe.{family}"
-            )
-        shape = self.site_shapes()[family]
-        if min(shape) >= 1:
-            found += site_problems(choice, shape, f"{where}.sites.{family}")
-        return found
+        choice, shape = getattr(self.sites, family), self.site_shapes()[family]
+        return site_problems(choice, shape, f"{where}.sites.{family}") if min(shape) >= 1 else []
 
     def _mixture_problems(self, where: str) -> list[str]:
-        moe, depth = self.moe, min(self.stacks.values())
-        if moe is None:
+        if self.moe is None:
             return []
-        if min(self.hidden_size, self.ffn_size) < 1:
-            # Dense experts have any shape: their operators are checked once the sizes are right.
-            moe = replace(moe, c_fc=DenseExpertSite(), c_proj=DenseExpertSite())
-        if depth < 1:
-            moe, depth = replace(moe, every=1), 1
-        return moe.problems(where, self.hidden_size, self.ffn_size, depth)
+        return self.moe.problems(
+            where,
+            known_size(lambda: self.hidden_size),
+            known_size(lambda: self.ffn_size),
+            known_size(lambda: min(self.stacks.values())),
+        )

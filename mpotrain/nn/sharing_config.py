@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
-from mpotrain.schema import config
+from mpotrain.schema import collect_problems, config
 
 BLOCK_FAMILIES = ("query", "key", "value", "attention_out", "c_fc", "c_proj")
 """The six matrices of a block, one family each (Liu et al. 2023, section 3.1)."""
@@ -34,25 +34,33 @@ class SharingConfig:
             where: dotted key of this section.
             num_layers: layers of the network; below 1 what needs them is not checked.
         """
-        found = []
-        if self.groups < 1:
-            found.append(f"{where}.groups: must be at least 1, is {self.groups}")
-        elif num_layers >= 1 and num_layers % self.groups:
-            possible = ", ".join(str(g) for g in range(1, num_layers + 1) if num_layers % g == 0)
-            found.append(
-                f"{where}.groups: {self.groups} groups do not divide {num_layers} layers; "
-                f"possible: {possible}"
-            )
-        if self.scope == "none" and self.groups > 1:
-            found.append(f"{where}.groups: {self.groups}, but nothing is shared ({where}.scope)")
-        if self.vectors == "tied" and self.scope != "central":
-            found.append(
-                f'{where}.vectors: "tied" belongs to {where}.scope="central"; scope "all" shares '
-                "them anyway, scope none shares nothing"
-            )
-        if self.start == "independent" and self.scope != "central":
-            found.append(f'{where}.start: has an effect in {where}.scope="central" only')
-        return found
+
+        def groups() -> Iterator[str]:
+            if self.groups < 1:
+                yield f"{where}.groups: must be at least 1, is {self.groups}"
+            elif num_layers >= 1 and num_layers % self.groups:
+                divisors = [str(g) for g in range(1, num_layers + 1) if num_layers % g == 0]
+                yield (
+                    f"{where}.groups: {self.groups} groups do not divide {num_layers} layers; "
+                    f"possible: {', '.join(divisors)}"
+                )
+
+        def nothing_shared() -> Iterator[str]:
+            if self.scope == "none" and self.groups > 1:
+                yield f"{where}.groups: {self.groups}, but nothing is shared ({where}.scope)"
+
+        def vectors() -> Iterator[str]:
+            if self.vectors == "tied" and self.scope != "central":
+                yield (
+                    f'{where}.vectors: "tied" belongs to {where}.scope="central"; scope "all" '
+                    "shares them anyway, scope none shares nothing"
+                )
+
+        def start() -> Iterator[str]:
+            if self.start == "independent" and self.scope != "central":
+                yield f'{where}.start: has an effect in {where}.scope="central" only'
+
+        return collect_problems(groups, nothing_shared, vectors, start)
 
 
 @config
@@ -78,23 +86,32 @@ class AdapterConfig:
             where: dotted key of this section.
             shapes: sizes (in, out) of matrices by family; those of others are not checked.
         """
-        found = []
-        if self.rank < 1:
-            found.append(f"{where}.rank: must be at least 1, is {self.rank}")
-        highest = {f: min(shapes[f]) for f in dict.fromkeys(self.families) if f in shapes}
-        whole = [family for family, rank in highest.items() if self.rank >= rank]
-        if whole:
-            found.append(
-                f"{where}.rank: {self.rank} is not below the smaller side of {', '.join(whole)}, "
-                f"so nothing is low-rank there; take less than {min(highest.values())}"
-            )
-        if self.std <= 0:
-            found.append(f"{where}.std: must be positive, is {self.std}")
-        if not self.families:
-            found.append(f"{where}.families: is empty; leave the section out for no adapters")
-        if len(set(self.families)) < len(self.families):
-            found.append(f"{where}.families: a family is named twice")
-        return found
+
+        def rank() -> Iterator[str]:
+            if self.rank < 1:
+                yield f"{where}.rank: must be at least 1, is {self.rank}"
+
+        def low_rank() -> Iterator[str]:
+            highest = {f: min(shapes[f]) for f in dict.fromkeys(self.families) if f in shapes}
+            whole = [family for family, rank in highest.items() if self.rank >= rank]
+            if whole:
+                yield (
+                    f"{where}.rank: {self.rank} is not below the smaller side of "
+                    f"{', '.join(whole)}, so nothing is low-rank there; take less than "
+                    f"{min(highest.values())}"
+                )
+
+        def std() -> Iterator[str]:
+            if self.std <= 0:
+                yield f"{where}.std: must be positive, is {self.std}"
+
+        def families() -> Iterator[str]:
+            if not self.families:
+                yield f"{where}.families: is empty; leave the section out for no adapters"
+            elif len(set(self.families)) < len(self.families):
+                yield f"{where}.families: a family is named twice"
+
+        return collect_problems(rank, low_rank, std, families)
 
 
 @config
@@ -124,19 +141,27 @@ class StartConfig:
             where: dotted key of this section.
             num_layers: layers of the network; below 1 what needs them is not checked.
         """
-        found, unscaled = [], self.unscaled_layers
-        if unscaled < 0:
-            found.append(f"{where}.unscaled_layers: must be at least 0, is {unscaled}")
-        elif 1 <= num_layers < unscaled:
-            found.append(f"{where}.unscaled_layers: must be in 0..{num_layers}, is {unscaled}")
-        if unscaled > 0 and self.auxiliary_scale == "none" and self.deeper == "copies":
-            found.append(
-                f"{where}.unscaled_layers: {unscaled}, but no layer is scaled or drawn; set "
-                f'{where}.auxiliary_scale (or {where}.deeper="drawn"), or leave it at 0'
-            )
-        if self.deeper == "drawn" and unscaled == 0:
-            found.append(
-                f'{where}.deeper: "drawn" with {where}.unscaled_layers 0 would take no auxiliary '
-                "tensor from the shared model; say how many layers begin as it is"
-            )
-        return found
+
+        def layers() -> Iterator[str]:
+            unscaled = self.unscaled_layers
+            if unscaled < 0:
+                yield f"{where}.unscaled_layers: must be at least 0, is {unscaled}"
+            elif 1 <= num_layers < unscaled:
+                yield f"{where}.unscaled_layers: must be in 0..{num_layers}, is {unscaled}"
+
+        def useless() -> Iterator[str]:
+            unscaled = self.unscaled_layers
+            if unscaled > 0 and self.auxiliary_scale == "none" and self.deeper == "copies":
+                yield (
+                    f"{where}.unscaled_layers: {unscaled}, but no layer is scaled or drawn; set "
+                    f'{where}.auxiliary_scale (or {where}.deeper="drawn"), or leave it at 0'
+                )
+
+        def drawn() -> Iterator[str]:
+            if self.deeper == "drawn" and self.unscaled_layers == 0:
+                yield (
+                    f'{where}.deeper: "drawn" with {where}.unscaled_layers 0 would take no '
+                    "auxiliary tensor from the shared model; say how many layers begin as it is"
+                )
+
+        return collect_problems(layers, useless, drawn)

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from mpotrain.engine.config import CentralMaskConfig
-from mpotrain.schema import collect_problems, config
+from mpotrain.schema import Check, collect_problems, config, sound_or
+from mpotrain.train.schedule_config import (
+    ConstantConfig,
+    CosineConfig,
+    LinearConfig,
+    ScheduleConfig,
+    WSDConfig,
+)
+
+__all__ = [
+    "AdamWConfig",
+    "AnomalyConfig",
+    "ConstantConfig",
+    "CosineConfig",
+    "LambConfig",
+    "LinearConfig",
+    "OptimizerConfig",
+    "ProfileConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "WSDConfig",
+]
 
 MOST_MINUTES = 7 * 24 * 60
 """Bound of time-outs: who wants to wait for a week wants to wait for ever."""
@@ -39,7 +60,7 @@ class AdamWConfig:
 
     def problems(self, where: str) -> list[str]:
         """Return every impossible value, one line each, beginning with the key under `where`."""
-        return _moment_problems(self, where)
+        return collect_problems(*_moment_checks(self, where))
 
 
 @config
@@ -72,106 +93,24 @@ class LambConfig:
 
     def problems(self, where: str) -> list[str]:
         """Return every impossible value, one line each, beginning with the key under `where`."""
-        found = _moment_problems(self, where)
-        low, high = self.min_trust, self.max_trust
-        if low is not None and low < 0:
-            found.append(f"{where}.min_trust: must not be negative, is {low}")
-        if high is not None and high <= 0:
-            found.append(f"{where}.max_trust: must be positive, is {high} (leave out for none)")
-        elif low is not None and high is not None and low > high:
-            found.append(f"{where}.min_trust: {low} is larger than max_trust {high}")
-        return found
+
+        def low() -> Iterator[str]:
+            if self.min_trust is not None and self.min_trust < 0:
+                yield f"{where}.min_trust: must not be negative, is {self.min_trust}"
+
+        def high() -> Iterator[str]:
+            if (most := self.max_trust) is not None and most <= 0:
+                yield f"{where}.max_trust: must be positive, is {most} (leave out for none)"
+
+        def bounds() -> Iterator[str]:
+            least, most = self.min_trust, self.max_trust
+            if least is not None and most is not None and least > most > 0:
+                yield f"{where}.min_trust: {least} is larger than max_trust {most}"
+
+        return collect_problems(*_moment_checks(self, where), low, high, bounds)
 
 
 OptimizerConfig = Annotated[AdamWConfig | LambConfig, Field(discriminator="kind")]
-
-
-@config
-class CosineConfig:
-    """Linear warm-up, then half a cosine down to `min_lr_ratio * lr`."""
-
-    kind: Literal["cosine"] = "cosine"
-    lr: float
-    """Peak learning rate."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up before the peak."""
-    min_lr_ratio: float = 0.1
-    """Learning rate at the end of the decay, as a part of the peak."""
-    decay_steps: int | None = None
-    """Length of the decay; absent: from the end of the warm-up to the end of training."""
-
-    def problems(self, where: str, total_steps: int) -> list[str]:
-        """Return what does not fit a run of `total_steps`, beginning with the key."""
-        return _shared_problems(self, where, total_steps) + _decay_problems(self, where)
-
-
-@config
-class LinearConfig:
-    """Linear warm-up, then a straight line down to `min_lr_ratio * lr`."""
-
-    kind: Literal["linear"] = "linear"
-    lr: float
-    """Peak learning rate."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up before the peak."""
-    min_lr_ratio: float = 0.0
-    """Learning rate at the end of the decay, as a part of the peak."""
-    decay_steps: int | None = None
-    """Length of the decay; absent: from the end of the warm-up to the end of training."""
-
-    def problems(self, where: str, total_steps: int) -> list[str]:
-        """Return what does not fit a run of `total_steps`, beginning with the key."""
-        return _shared_problems(self, where, total_steps) + _decay_problems(self, where)
-
-
-@config
-class WSDConfig:
-    """Warm-up, stable, decay (Hu et al. 2024): constant until the last `decay_steps`.
-
-    A stable run can be extended: only the decay depends on where training ends.
-    """
-
-    kind: Literal["wsd"] = "wsd"
-    lr: float
-    """Learning rate of the stable phase."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up before the stable phase."""
-    decay_steps: int
-    """Length of the decay, counted back from the end of training."""
-    decay_shape: Literal["linear", "cosine", "sqrt"] = "sqrt"
-    """Form of the decay; `sqrt` is 1 - sqrt(progress) (Haegele et al. 2024)."""
-    min_lr_ratio: float = 0.0
-    """Learning rate at the end of the decay, as a part of the peak."""
-
-    def problems(self, where: str, total_steps: int) -> list[str]:
-        """Return what does not fit a run of `total_steps`, beginning with the key."""
-        found = _shared_problems(self, where, total_steps) + _decay_problems(self, where)
-        if not found and self.warmup_steps + self.decay_steps > total_steps:
-            found.append(
-                f"{where}.decay_steps: warm-up ({self.warmup_steps}) and decay "
-                f"({self.decay_steps}) do not fit into {total_steps} steps"
-            )
-        return found
-
-
-@config
-class ConstantConfig:
-    """Linear warm-up, then one learning rate to the end."""
-
-    kind: Literal["constant"] = "constant"
-    lr: float
-    """Learning rate after the warm-up."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up."""
-
-    def problems(self, where: str, total_steps: int) -> list[str]:
-        """Return what does not fit a run of `total_steps`, beginning with the key."""
-        return _shared_problems(self, where, total_steps)
-
-
-ScheduleConfig = Annotated[
-    CosineConfig | LinearConfig | WSDConfig | ConstantConfig, Field(discriminator="kind")
-]
 
 
 @config
@@ -196,18 +135,22 @@ class AnomalyConfig:
 
     def problems(self, where: str) -> list[str]:
         """Return every impossible value, one line each, beginning with the key under `where`."""
-        found = []
-        for name in ("spike_threshold", "grad_norm_threshold"):
-            value = getattr(self, name)
+
+        def threshold(key: str) -> Iterator[str]:
+            value = getattr(self, key)
             if value is not None and value <= 0:
-                found.append(f"{where}.{name}: must be positive, is {value} (leave out for never)")
-        if self.window < 4:
-            found.append(
-                f"{where}.window: a standard deviation needs at least 4 steps, is {self.window}"
-            )
-        if self.max_skips < 1:
-            found.append(f"{where}.max_skips: must be at least 1, is {self.max_skips}")
-        return found
+                yield f"{where}.{key}: must be positive, is {value} (leave out for never)"
+
+        def window() -> Iterator[str]:
+            if (steps := self.window) < 4:
+                yield f"{where}.window: a standard deviation needs at least 4 steps, is {steps}"
+
+        def skips() -> Iterator[str]:
+            if self.max_skips < 1:
+                yield f"{where}.max_skips: must be at least 1, is {self.max_skips}"
+
+        thresholds = (partial(threshold, key) for key in ("spike_threshold", "grad_norm_threshold"))
+        return collect_problems(*thresholds, window, skips)
 
 
 @config
@@ -227,18 +170,24 @@ class ProfileConfig:
 
     def problems(self, where: str, total_steps: int) -> list[str]:
         """Return what does not fit a run of `total_steps`, beginning with the key."""
-        found = []
-        if self.start_step < 0:
-            found.append(f"{where}.start_step: must not be negative, is {self.start_step}")
-        if self.num_steps < 1:
-            found.append(f"{where}.num_steps: must be at least 1, is {self.num_steps}")
-        if not found and self.start_step + self.num_steps > total_steps:
-            found.append(
-                f"{where}.start_step: steps {self.start_step} to "
-                f"{self.start_step + self.num_steps - 1} do not exist in a run of "
-                f"{total_steps} steps (0 to {total_steps - 1})"
-            )
-        return found
+
+        def start() -> Iterator[str]:
+            if self.start_step < 0:
+                yield f"{where}.start_step: must not be negative, is {self.start_step}"
+
+        def number() -> Iterator[str]:
+            if self.num_steps < 1:
+                yield f"{where}.num_steps: must be at least 1, is {self.num_steps}"
+
+        def steps() -> Iterator[str]:
+            first, end = self.start_step, self.start_step + self.num_steps
+            if 0 <= first < end and end > total_steps:
+                yield (
+                    f"{where}.start_step: steps {first} to {end - 1} do not exist in a run of "
+                    f"{total_steps} steps (0 to {total_steps - 1})"
+                )
+
+        return collect_problems(start, number, steps)
 
 
 @config
@@ -346,51 +295,31 @@ def _profile_problems(train: TrainConfig, where: str) -> list[str]:
 
 def _known_steps(train: TrainConfig) -> int:
     # A wrong number of steps is one mistake, not one more for everything that ends with them.
-    return train.steps if train.steps > 0 else sys.maxsize
+    steps = sound_or(lambda: train.steps, 0)
+    return steps if steps > 0 else sys.maxsize
 
 
-def _moment_problems(optimizer: AdamWConfig | LambConfig, where: str) -> list[str]:
-    found = [
-        f"{where}.betas: each must be in [0, 1), is {beta}"
-        for beta in optimizer.betas
-        if not 0 <= beta < 1
-    ]
-    if optimizer.eps <= 0:
-        found.append(f"{where}.eps: must be positive, is {optimizer.eps}")
-    if optimizer.core_lr_factor <= 0:
-        found.append(
-            f"{where}.core_lr_factor: must be positive, is {optimizer.core_lr_factor} "
-            "(1.0 trains cores at the scheduled learning rate)"
-        )
-    for name in ("weight_decay", "core_weight_decay"):
-        value = getattr(optimizer, name)
+def _moment_checks(optimizer: AdamWConfig | LambConfig, where: str) -> tuple[Check, ...]:
+    def betas() -> Iterator[str]:
+        for beta in optimizer.betas:
+            if not 0 <= beta < 1:
+                yield f"{where}.betas: each must be in [0, 1), is {beta}"
+
+    def eps() -> Iterator[str]:
+        if optimizer.eps <= 0:
+            yield f"{where}.eps: must be positive, is {optimizer.eps}"
+
+    def factor() -> Iterator[str]:
+        if optimizer.core_lr_factor <= 0:
+            yield (
+                f"{where}.core_lr_factor: must be positive, is {optimizer.core_lr_factor} "
+                "(1.0 trains cores at the scheduled learning rate)"
+            )
+
+    def decay(key: str) -> Iterator[str]:
+        value = getattr(optimizer, key)
         if value is not None and value < 0:
-            found.append(f"{where}.{name}: must not be negative, is {value}")
-    return found
+            yield f"{where}.{key}: must not be negative, is {value}"
 
-
-def _shared_problems(
-    schedule: CosineConfig | LinearConfig | WSDConfig | ConstantConfig,
-    where: str,
-    total_steps: int,
-) -> list[str]:
-    found = []
-    if schedule.lr <= 0:
-        found.append(f"{where}.lr: must be positive, is {schedule.lr}")
-    if schedule.warmup_steps < 0:
-        found.append(f"{where}.warmup_steps: must not be negative, is {schedule.warmup_steps}")
-    elif schedule.warmup_steps > total_steps:
-        found.append(
-            f"{where}.warmup_steps: {schedule.warmup_steps} steps of warm-up, "
-            f"but the run has only {total_steps} steps"
-        )
-    return found
-
-
-def _decay_problems(schedule: CosineConfig | LinearConfig | WSDConfig, where: str) -> list[str]:
-    found = []
-    if not 0 <= schedule.min_lr_ratio <= 1:
-        found.append(f"{where}.min_lr_ratio: must be in [0, 1], is {schedule.min_lr_ratio}")
-    if schedule.decay_steps is not None and schedule.decay_steps < 1:
-        found.append(f"{where}.decay_steps: must be at least 1, is {schedule.decay_steps}")
-    return found
+    decays = (partial(decay, key) for key in ("weight_decay", "core_weight_decay"))
+    return betas, eps, factor, *decays

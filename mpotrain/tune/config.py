@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,7 +17,7 @@ from mpotrain.engine.config import problems as engine_problems
 from mpotrain.errors import ConfigError
 from mpotrain.layered_toml import read_layers
 from mpotrain.parallel.plan import ParallelConfig
-from mpotrain.schema import collect_problems, config
+from mpotrain.schema import Check, collect_problems, config
 from mpotrain.train.config import TrainConfig
 from mpotrain.tune.tasks import FORMATS, GlueTask, TaskFormat, metrics_for
 
@@ -53,12 +54,16 @@ class GlueConfig:
 
     def problems(self, where: str) -> list[str]:
         """Return every mistake in this section as lines that begin with the dotted key."""
-        found = _file_problems(self, where)
+        return collect_problems(
+            *_file_checks(self, where), lambda: self._mismatched_problems(f"{where}.mismatched")
+        )
+
+    def _mismatched_problems(self, where: str) -> list[str]:
         if self.mismatched is not None and self.kind != "mnli":
-            found.append(f"{where}.mismatched: only mnli has such a file; leave it out")
-        elif self.mismatched is not None and not self.mismatched.strip():
-            found.append(f"{where}.mismatched: is empty; name a file, or leave it out")
-        return found
+            return [f"{where}: only mnli has such a file; leave it out"]
+        if self.mismatched is not None and not self.mismatched.strip():
+            return [f"{where}: is empty; name a file, or leave it out"]
+        return []
 
 
 @config
@@ -96,17 +101,27 @@ class TsvConfig:
 
     def problems(self, where: str) -> list[str]:
         """Return every mistake in this section as lines that begin with the dotted key."""
-        found = _file_problems(self, where)
-        names = {"text": self.text, "pair": self.pair, "label": self.label}
-        columns = [name for name in names.values() if name is not None]
-        found += [f"{where}.{key}: is empty" for key, name in names.items() if name == ""]
-        if len(set(columns)) < len(columns):
-            found.append(f"{where}.text: text, pair and label must be different columns")
+        return collect_problems(
+            *_file_checks(self, where),
+            *(partial(self._name_problems, where, key) for key in ("text", "pair", "label")),
+            lambda: self._column_problems(f"{where}.text"),
+            lambda: self._label_problems(f"{where}.labels"),
+        )
+
+    def _name_problems(self, where: str, key: str) -> list[str]:
+        return [f"{where}.{key}: is empty"] if getattr(self, key) == "" else []
+
+    def _column_problems(self, where: str) -> list[str]:
+        columns = [name for name in (self.text, self.pair, self.label) if name is not None]
+        if len(set(columns)) == len(columns):
+            return []
+        return [f"{where}: text, pair and label must be different columns"]
+
+    def _label_problems(self, where: str) -> list[str]:
         if len(self.labels) == 1:
-            found.append(f"{where}.labels: one class alone leaves nothing to learn; name them all")
+            return [f"{where}: one class alone leaves nothing to learn; name them all"]
         twice = sorted({name for name in self.labels if self.labels.count(name) > 1})
-        found += [f"{where}.labels: {name!r} is named twice" for name in twice]
-        return found
+        return [f"{where}: {name!r} is named twice" for name in twice]
 
 
 TaskConfig = Annotated[GlueConfig | TsvConfig, Field(discriminator="kind")]
@@ -197,18 +212,22 @@ def load_tune_config(path: Path, overrides: Sequence[str] = ()) -> TuneConfig:
     return validate(TuneConfig, table)
 
 
-def _file_problems(task: GlueConfig | TsvConfig, where: str) -> list[str]:
-    """Return what is wrong with the fields that all tasks have."""
-    found = [
-        f"{where}.{key}: is empty; name a file"
-        for key in ("train", "validation")
-        if not getattr(task, key).strip()
-    ]
-    if task.sequence_length is not None and task.sequence_length < MIN_SEQUENCE:
-        found.append(
-            f"{where}.sequence_length: is {task.sequence_length} but must be at least "
-            f"{MIN_SEQUENCE}: three marks and a token of each text"
-        )
-    if task.max_bad_lines < 0:
-        found.append(f"{where}.max_bad_lines: must not be negative, is {task.max_bad_lines}")
-    return found
+def _file_checks(task: GlueConfig | TsvConfig, where: str) -> tuple[Check, ...]:
+    """Return the checks of the fields that all tasks have, for `collect_problems`."""
+
+    def file(key: str) -> Iterator[str]:
+        if not getattr(task, key).strip():
+            yield f"{where}.{key}: is empty; name a file"
+
+    def length() -> Iterator[str]:
+        if task.sequence_length is not None and task.sequence_length < MIN_SEQUENCE:
+            yield (
+                f"{where}.sequence_length: is {task.sequence_length} but must be at least "
+                f"{MIN_SEQUENCE}: three marks and a token of each text"
+            )
+
+    def bad_lines() -> Iterator[str]:
+        if task.max_bad_lines < 0:
+            yield f"{where}.max_bad_lines: must not be negative, is {task.max_bad_lines}"
+
+    return *(partial(file, key) for key in ("train", "validation")), length, bad_lines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mpotrain.schema import config
+from mpotrain.schema import collect_problems, config
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["fp32", "bf16"]
@@ -37,3 +37,35 @@ class MegatronConfig:
     """Use kernels of transformer-engine and apex on CUDA where they are installed."""
     device: Device = "auto"
     """Where to compute; "auto" takes CUDA where there is any."""
+
+    def problems(self, where: str) -> list[str]:
+        """Return everything wrong with the section itself, one line each.
+
+        Args:
+            where: dotted key of this section.
+        """
+        return collect_problems(
+            lambda: self._bucket_problems(f"{where}.bucket_elements"),
+            lambda: self._overlap_problems(where),
+        )
+
+    def _bucket_problems(self, where: str) -> list[str]:
+        if self.bucket_elements >= 1:
+            return []
+        return [f"{where}: {self.bucket_elements}; it must be at least 1"]
+
+    def _overlap_problems(self, where: str) -> list[str]:
+        if not self.overlap_param_gather:
+            return []
+        needed = [
+            f"{where}.{key}=true"
+            for key in ("distributed_optimizer", "overlap_grad_reduce")
+            if not getattr(self, key)
+        ]
+        if not needed:
+            return []
+        return [
+            f"{where}.overlap_param_gather: gathers what each rank of the distributed optimizer "
+            "has updated, in the buckets in which gradients are reduced during backward; set "
+            f"{' and '.join(needed)}, or {where}.overlap_param_gather=false"
+        ]

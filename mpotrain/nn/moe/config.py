@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from mpotrain.errors import SpecError
-from mpotrain.schema import collect_problems, config
+from mpotrain.schema import collect_problems, config, sound_or
 from mpotrain.tensor.device import DeviceProfile, DType
 from mpotrain.tensor.expert_plan import ExpertPlan, MergePrecision, plan_experts
 from mpotrain.tensor.experts import asymmetric_spec
@@ -16,6 +17,10 @@ from mpotrain.tensor.spec import MPOSpec, mpo_spec
 ExpertPlanChoice = Literal["auto", "grouped", "factored"]
 ExpertInit = Literal["orthogonal", "balanced"]
 ExpertStart = Literal["copies", "independent"]
+
+
+_WEIGHTS = ("balance_loss", "z_loss", "balance_rate")
+_CAPACITIES = ("capacity_factor", "eval_capacity_factor")
 
 
 @config
@@ -49,35 +54,52 @@ class RouterConfig:
     eval_capacity_factor: float | None = None
     """The same in evaluation; generation never drops a token."""
 
-    def problems(self, where: str, num_experts: int) -> list[str]:
+    def problems(self, where: str, num_experts: int | None) -> list[str]:
         """Return everything wrong with the router, one line each.
 
         Args:
             where: dotted key of this section.
-            num_experts: experts to choose from.
+            num_experts: experts to choose from; None where their number is itself wrong.
         """
-        found = []
-        if not 1 <= self.top_k <= num_experts:
-            found.append(f"{where}.top_k: {self.top_k} of {num_experts} experts; use 1 to that")
-        if self.gate_at == "input" and self.top_k > 1:
-            found.append(
-                f"{where}.gate_at: an input gate is defined for top_k 1 only, top_k is {self.top_k}"
-            )
-        if self.gate == "straight_through" and self.top_k > 1:
-            found.append(
-                f"{where}.gate: straight_through is defined for top_k 1 only; with top_k "
-                f"{self.top_k} normalised probabilities already sum to 1"
-            )
-        if not 0 <= self.jitter < 1:
-            found.append(f"{where}.jitter: must be in [0, 1), is {self.jitter}")
-        for name in ("balance_loss", "z_loss", "balance_rate"):
-            if getattr(self, name) < 0:
-                found.append(f"{where}.{name}: must not be negative, is {getattr(self, name)}")
-        for name in ("capacity_factor", "eval_capacity_factor"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                found.append(f"{where}.{name}: must be positive (or absent), is {value}")
-        return found
+        return collect_problems(
+            lambda: self._choice_problems(f"{where}.top_k", num_experts),
+            lambda: self._gate_at_problems(f"{where}.gate_at"),
+            lambda: self._gate_problems(f"{where}.gate"),
+            lambda: self._jitter_problems(f"{where}.jitter"),
+            *(partial(self._weight_problems, where, key) for key in _WEIGHTS),
+            *(partial(self._capacity_problems, where, key) for key in _CAPACITIES),
+        )
+
+    def _choice_problems(self, where: str, num_experts: int | None) -> list[str]:
+        if num_experts is None or 1 <= self.top_k <= num_experts:
+            return []
+        return [f"{where}: {self.top_k} of {num_experts} experts; use 1 to that"]
+
+    def _gate_at_problems(self, where: str) -> list[str]:
+        if self.gate_at != "input" or self.top_k <= 1:
+            return []
+        return [f"{where}: an input gate is defined for top_k 1 only, top_k is {self.top_k}"]
+
+    def _gate_problems(self, where: str) -> list[str]:
+        if self.gate != "straight_through" or self.top_k <= 1:
+            return []
+        return [
+            f"{where}: straight_through is defined for top_k 1 only; with top_k {self.top_k} "
+            "normalised probabilities already sum to 1"
+        ]
+
+    def _jitter_problems(self, where: str) -> list[str]:
+        return [] if 0 <= self.jitter < 1 else [f"{where}: must be in [0, 1), is {self.jitter}"]
+
+    def _weight_problems(self, where: str, key: str) -> list[str]:
+        value = getattr(self, key)
+        return [] if value >= 0 else [f"{where}.{key}: must not be negative, is {value}"]
+
+    def _capacity_problems(self, where: str, key: str) -> list[str]:
+        value = getattr(self, key)
+        if value is None or value > 0:
+            return []
+        return [f"{where}.{key}: must be positive (or absent), is {value}"]
 
 
 @config
@@ -234,8 +256,12 @@ class MoEConfig:
         """Return the numbers (from 0) of the blocks that have a mixture."""
         return [n for n in range(num_layers) if (n + 1) % self.every == 0]
 
-    def problems(self, where: str, hidden_size: int, ffn_size: int, num_layers: int) -> list[str]:
+    def problems(
+        self, where: str, hidden_size: int | None, ffn_size: int | None, num_layers: int | None
+    ) -> list[str]:
         """Return everything that makes this mixture impossible, one line each.
+
+        What is None is itself wrong, and nothing is held against it.
 
         Args:
             where: dotted key of this section, at the head of every line.
@@ -243,20 +269,35 @@ class MoEConfig:
             ffn_size: width between the two matrices of an expert.
             num_layers: blocks of the model.
         """
-        if self.num_experts < 1:
-            return [f"{where}.num_experts: must be at least 1, is {self.num_experts}"]
-        into, back = (hidden_size, ffn_size), (ffn_size, hidden_size)
+        experts = sound_or(lambda: self.num_experts, 0)
         return collect_problems(
+            lambda: self._number_problems(where),
             lambda: self._interval_problems(where, num_layers),
-            lambda: self.router.problems(f"{where}.router", self.num_experts),
-            lambda: expert_site_problems(self.c_fc, into, f"{where}.c_fc"),
-            lambda: expert_site_problems(self.c_proj, back, f"{where}.c_proj"),
+            lambda: self.router.problems(f"{where}.router", experts if experts >= 1 else None),
+            lambda: _operator_problems(self.c_fc, hidden_size, ffn_size, f"{where}.c_fc"),
+            lambda: _operator_problems(self.c_proj, ffn_size, hidden_size, f"{where}.c_proj"),
         )
 
-    def _interval_problems(self, where: str, num_layers: int) -> list[str]:
-        if 1 <= self.every <= num_layers:
+    def _number_problems(self, where: str) -> list[str]:
+        if self.num_experts >= 1:
+            return []
+        return [f"{where}.num_experts: must be at least 1, is {self.num_experts}"]
+
+    def _interval_problems(self, where: str, num_layers: int | None) -> list[str]:
+        if num_layers is None or 1 <= self.every <= num_layers:
             return []
         return [f"{where}.every: {self.every} of {num_layers} blocks; use 1 to {num_layers}"]
+
+
+def _operator_problems(
+    site: DenseExpertSite | MPOExpertSite | AsymmetricExpertSite,
+    in_features: int | None,
+    out_features: int | None,
+    where: str,
+) -> list[str]:
+    if in_features is None or out_features is None:
+        return []
+    return expert_site_problems(site, (in_features, out_features), where)
 
 
 def expert_site_problems(

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import date
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from launcher.cluster import load_cluster
 from launcher.sweep_file import load_sweep
-from mpotrain.config import RunConfig, load_config
-from mpotrain.config_file import validate
+from mpotrain.config import load_config
 from mpotrain.errors import ConfigError
-from mpotrain.layered_toml import LayeredTable
-from mpotrain.schema import UnsoundKeyError, collect_problems, to_dict
-from mpotrain.tune.config import load_tune_config
+from mpotrain.schema import UnsoundKeyError, collect_problems
 
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 RUN = """
 extends = ["base.toml"]
 name = "t"
@@ -109,11 +98,30 @@ def test_content_in_lists_is_told_with_the_file_that_set_them(tmp_path: Path) ->
         # Parts of a section with a mistake that do not need it are checked all the same.
         (
             ["train.steps=ten", "train.optimizer.eps=-1.0", "train.schedule.warmup_steps=-1"],
-            ["train.steps", "train.optimizer.eps"],
+            ["train.steps", "train.optimizer.eps", "train.schedule.warmup_steps"],
         ),
         (
             ["model.sites.qkv={kind='ttm', rank='a'}", "model.sites.c_fc={kind='ttm', rank=0}"],
             ["model.sites.qkv.rank", "model.sites.c_fc"],
+        ),
+        (
+            ["data.sources=[{path='', wieght=1}, {path='a', weight=-1.0}, 3]"],
+            [
+                *("data.sources.0.wieght", "data.sources.2"),
+                *("data.sources[0].path", "data.sources[1].weight"),
+            ],
+        ),
+        # What a section is told by the one around it may be unsound.
+        (
+            ["data.sequence_length=x", "data.objective={kind='masked', mask_share=2.0}"],
+            ["data.sequence_length", "data.objective.mask_share"],
+        ),
+        (
+            ["model.hidden_size=x", "model.moe={num_experts='x', every=99, router.jitter=2.0}"],
+            [
+                *("model.hidden_size", "model.moe.num_experts", "model.moe.every"),
+                "model.moe.router.jitter",
+            ],
         ),
         # Sections are held against each other only where both are sound.
         (["data.sequence_length=64"], ["data.sequence_length"]),
@@ -161,186 +169,91 @@ def test_an_unknown_key_in_a_stage_of_a_sweep_is_told(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (
+            ["[lives]", "grace_seconds = 'x'", "warning_seconds = 70000"],
+            ["lives.grace_seconds", "lives.warning_seconds"],
+        ),
+        (
+            ["[lives]", "max_lifes = 3", "warning_seconds = 70000"],
+            ["lives.max_lifes", "lives.warning_seconds"],
+        ),
+        (
+            ["[container]", "kind = 'apptainer'", "image = ''", "pythn = 'a'"],
+            ["container.pythn", "container.image"],
+        ),
+        (["[environment]", "A = 3", "RANK = '1'"], ["environment.A", "environment.RANK"]),
+        (["environment = 3", "nodes = 0"], ["environment", "nodes"]),
+        # A container without `kind` is none, but these keys belong to another.
+        (["[container]", "image = ''", "pythn = 'a'"], ["container.image", "container.pythn"]),
+    ],
+)
+def test_one_key_of_a_cluster_file_does_not_hide_its_neighbours(
+    tmp_path: Path, lines: list[str], expected: list[str]
+) -> None:
+    path = tmp_path / "cluster.toml"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ConfigError) as caught:
+        load_cluster(path)
+    found = [line.removeprefix(f"{path}: ").partition(":")[0] for line in caught.value.problems]
+    assert sorted(found) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (
+            ["folder='f'", "run='r'", "nam='x'", "grid.train.seed=[1, 1]"],
+            ["nam", "grid.train.seed"],
+        ),
+        (["folder='f'", "run=1", "grid.train.seed=[1, 1]"], ["run", "grid.train.seed"]),
+        (
+            ["folder='f'", "[stages.a]", "run='r'", "afer='z'", "[stages.'b c']", "run=''"],
+            ["stages.a.afer", "stages.b c", "stages.b c.run"],
+        ),
+        (
+            ["folder='f'", "stages.a=3", "[stages.b]", "run='r'", "after=['a', 'z']"],
+            ["stages.a", "stages.b.after"],
+        ),
+    ],
+)
+def test_one_key_of_a_sweep_file_does_not_hide_its_neighbours(
+    tmp_path: Path, lines: list[str], expected: list[str]
+) -> None:
+    path = tmp_path / "sweep.toml"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ConfigError) as caught:
+        load_sweep(path)
+    found = [line.removeprefix(f"{path}: ").partition(":")[0] for line in caught.value.problems]
+    assert sorted(found) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "is_told"),
+    [
+        ("vocab_sise = 64", True),
+        ("foo = 1", True),
+        ("kidn = 'encoder'", False),
+        ("num_decoder_layers = 2", False),
+        ("num_token_typs = 2", False),
+    ],
+)
+def test_an_unknown_key_leaves_a_section_of_the_default_kind_what_it_is(
+    tmp_path: Path, key: str, is_told: bool
+) -> None:
+    run, base = run_files(tmp_path)
+    base.write_text(BASE.replace('"ten"', "10"))
+    run.write_text(RUN.replace("shuffel", "shuffle").replace("[model]", f"[model]\n{key}"))
+    unknown = f"model.{key.partition(' ')[0]}"
+    found = [line.partition(":")[0] for line in problems_of(run)]
+    assert found == ([unknown, "model.num_heads"] if is_told else [unknown])
+
+
 def test_a_check_that_cannot_be_made_says_nothing() -> None:
     def unsound() -> Iterator[str]:
         yield "a: half of what is wrong"
         raise UnsoundKeyError("b")
 
     assert collect_problems(lambda: ["x: 1"], unsound, lambda: ["y: 2"]) == ["x: 1", "y: 2"]
-
-
-# Any one leaf of whole files is broken, in files with mistakes of content that are known.
-
-
-@dataclass(frozen=True)
-class Planted:
-    """A file with mistakes of content.
-
-    Attributes:
-        kind: class of the configuration.
-        data: the resolved file.
-        reads: dotted key of each planted mistake -> sections that its check reads.
-        base: all lines about the file as it is.
-    """
-
-    kind: type[Any]
-    data: dict[str, Any]
-    reads: dict[str, set[str]]
-    base: frozenset[str]
-
-
-def lines_of(kind: type[Any], data: dict[str, Any]) -> list[str]:
-    """Return the lines about a table, without its source."""
-    table = LayeredTable()
-    table.merge(copy.deepcopy(data), "x")
-    try:
-        validate(kind, table)
-    except ConfigError as error:
-        return [line.removeprefix("x: ") for line in error.problems]
-    return []
-
-
-def planted(whole: object, mistakes: dict[str, Any], reads: dict[str, set[str]]) -> Planted:
-    data = copy.deepcopy(to_dict(whole))
-    for key, value in mistakes.items():
-        *sections, name = key.split(".")
-        inner = data
-        for section in sections:
-            inner = inner.setdefault(section, {})
-        inner[name] = value
-    own = {key: {key.partition(".")[0]} for key in mistakes if key not in reads}
-    own |= {key: sections for key, sections in reads.items() if sections}
-    base = frozenset(lines_of(type(whole), data))
-    for key in own:
-        assert any(line.startswith(key) for line in base), (key, base)
-    return Planted(type(whole), data, own, base)
-
-
-def run_of(name: str) -> RunConfig:
-    return load_config(CONFIGS / "runs" / f"{name}.toml")
-
-
-@cache
-def all_planted() -> tuple[Planted, ...]:
-    several: dict[str, Any] = {
-        "name": " ", "data.seed": -1, "train.clip_norm": -1.0, "train.optimizer.eps": 0.0,
-        "checkpoint.every": 0, "parallel.context": 0,
-    }  # fmt: skip
-    megatron = run_of("gpt2-small-mpoe8-megatron")
-    cuts = {"model", "data", "train", "parallel", "engine"}
-    tune = load_tune_config(CONFIGS / "tune" / "demo-mrpc.toml")
-    cluster = load_cluster(sorted((CONFIGS / "clusters").glob("*.toml"))[0])
-    return (
-        planted(megatron, several | {"model.num_heads": 5, "engine.bucket_elements": 0}, {}),
-        planted(
-            megatron,
-            {"parallel.tensor": 5, "checkpoint.every": 0, "data.sequence_length": 2048},
-            {"parallel.tensor": cuts, "data.sequence_length": {"model", "data"}},
-        ),
-        planted(
-            run_of("mpobert-48"),
-            several | {
-                "model.norm_eps": 0.0, "model.sharing.groups": 5, "model.adapter.rank": 0,
-                "model.pair_head": False, "parallel.tensor": 2,
-            },
-            {"model.pair_head": {"model", "data"}, "parallel.tensor": {"parallel", "engine"}},
-        ),
-        planted(
-            run_of("t5-base-mpoe8"),
-            several | {
-                "model.relative_buckets": 3, "model.moe.num_experts": 3, "engine.zero_stage": 3,
-                "parallel.expert": 2,
-            },
-            {
-                "model.moe.num_experts": set(), "engine.zero_stage": set(),
-                "parallel.expert": {"parallel", "engine", "model"},
-            },
-        ),
-        planted(
-            tune,
-            {
-                "source": "", "dropout": 1.0, "task.train": "", "train.seed": -1,
-                "parallel.tensor": 2, "checkpoint.keep_last": 0,
-            },
-            {"parallel.tensor": {"parallel", "engine"}},
-        ),
-        planted(
-            cluster,
-            {
-                "nodes": 0, "time": "2", "exclude": "a[", "python": "", "extra": ["x"],
-                "lives.max_lives": 0, "environment.RANK": "1", "preflight.min_free_gib": -1.0,
-                "lives.worker_restarts": 2, "launcher": "srun",
-            },
-            {
-                "time": {"time", "lives"}, "launcher": set(),
-                "lives.worker_restarts": {"lives", "launcher"},
-            },
-        ),
-    )  # fmt: skip
-
-
-def paths_in(data: dict[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Yield the keys of all sections and leaves below a table."""
-    for key, value in data.items():
-        yield (*at, key)
-        if isinstance(value, dict):
-            yield from paths_in(value, (*at, key))
-
-
-def check_broken(file: Planted, path: tuple[str, ...], how: str) -> None:
-    """Break one key and hold all lines against those about the file as it was."""
-    data = copy.deepcopy(file.data)
-    *sections, name = path
-    inner = data
-    for section in sections:
-        inner = inner[section]
-    value = inner.pop(name)
-    if how == "misspelt":
-        inner[f"{name}_x"] = value
-    else:
-        inner[name] = {"table": {"no_such": 1}, "list": [[]], "date": date(2020, 2, 2)}[how]
-    # Another kind of section has other keys.
-    broken = ".".join(path[:-1] if name == "kind" else path)
-
-    found = lines_of(file.kind, data)
-
-    form = [line for line in found if line.startswith(broken) and line not in file.base]
-    assert form, found
-    assert len(set(found)) == len(found)
-    assert set(found) - set(form) <= file.base, "a mistake that is the consequence of another"
-    hidden = [
-        key
-        for key, reads in file.reads.items()
-        if path[0] not in reads and not any(line.startswith(key) for line in found)
-    ]
-    assert not hidden
-
-
-def is_section(value: Any, path: tuple[str, ...]) -> bool:
-    for key in path:
-        value = value[key]
-    return isinstance(value, dict)
-
-
-def ways(file: Planted, path: tuple[str, ...]) -> list[str]:
-    """Return how a key can be broken; a variable may have any name, a section be a table."""
-    if path[0] == "environment":
-        return ["list", "date"] if path == ("environment",) else ["table", "list"]
-    if is_section(file.data, path):
-        return ["misspelt", "list", "date"]
-    return ["misspelt", "table", "list"]
-
-
-@st.composite
-def breaks(draw: st.DrawFn) -> tuple[Planted, tuple[str, ...], str]:
-    file = draw(st.sampled_from(all_planted()))
-    path = draw(st.sampled_from(list(paths_in(file.data))))
-    return file, path, draw(st.sampled_from(ways(file, path)))
-
-
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(breaks())
-def test_one_broken_key_hides_nothing_elsewhere_and_has_no_consequences(
-    case: tuple[Planted, tuple[str, ...], str],
-) -> None:
-    check_broken(*case)
