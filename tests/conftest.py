@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,6 +39,13 @@ def run_ranks(rank_pool: RankPool) -> Callable[[int], Callable[..., list[Any]]]:
         return call
 
     return for_world
+
+
+def pytest_configure() -> None:
+    """Let children hear SIGHUP, also where the tests themselves run under `nohup`."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        # Unlike an ignored signal, one with a handler has its default action in children.
+        signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 @pytest.hookimpl(optionalhook=True)
