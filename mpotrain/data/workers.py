@@ -6,10 +6,12 @@ with their parent, even if it is killed.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -85,12 +87,24 @@ def tokenize(
         # and the shutdown below would wait for it for ever (seen with Python 3.11).
         for process in set(multiprocessing.active_children()) - others:
             process.kill()
+        _release_writer(pool)
         raise DataError(
             "a tokenizing process died (out of memory, or killed); finished shards are kept: run "
             "the same command again with fewer num_workers"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _release_writer(pool: ProcessPoolExecutor) -> None:
+    """Let the thread give up that writes to processes of which none is left.
+
+    Before Python 3.11.5 it keeps writing into a full pipe, and the shutdown waits for it for ever
+    (gh-94777). As in later versions, it ends when nobody holds the other end of the pipe.
+    """
+    if sys.version_info < (3, 11, 5):
+        with contextlib.suppress(AttributeError, OSError):
+            pool._call_queue._reader.close()  # type: ignore[attr-defined]
 
 
 def _next(pending: deque[tuple[Parcel[str], Future[Tokens]]]) -> tuple[Parcel[str], Tokens]:
