@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from slurm.lab_fixture import SlurmLab
-from slurm.scenario import Make, full
+from slurm.scenario import RANKS, Make, full
 
 SHORT = ("train.steps=40", "train.eval_every=20")
 
@@ -37,7 +37,7 @@ def test_a_bad_node_is_named_and_left_out(
     # The first idle nodes get the job.
     folder = fill("node2")
     scenario = make(
-        f"environment = {{ TMPDIR = \"{folder}\" }}", "[lives]", f'restart = "{restart}"',
+        RANKS, f"environment = {{ TMPDIR = \"{folder}\" }}", "[lives]", f'restart = "{restart}"',
         overrides=SHORT,
     )  # fmt: skip
     job_id = scenario.submit()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from slurm.lab_fixture import PATH, PROGRAM, SlurmLab, lab_folder, skip_without_lab
+from slurm.scenario import full
 
 TALK = """
 import os, socket, sys, time
@@ -89,6 +90,7 @@ def test_gpus_are_given_out(lab: SlurmLab) -> None:
     assert refused.returncode != 0
 
 
+@full
 def test_killed_node_goes_down_and_its_job_starts_elsewhere(
     fresh_lab: SlurmLab, job_script: Path
 ) -> None:

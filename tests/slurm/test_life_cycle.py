@@ -11,7 +11,7 @@ import signal
 
 import pytest
 from slurm.cluster_faults import FAULTS, SLOW, Fault, ranks_on
-from slurm.scenario import NO_CHECK, STEPS, Make, Point, full, require_equal
+from slurm.scenario import NO_CHECK, RANKS, STEPS, Make, Point, full, require_equal
 
 
 def test_one_command_trains_over_two_nodes(undisturbed: list[Point]) -> None:
@@ -22,7 +22,7 @@ def test_one_command_trains_over_two_nodes(undisturbed: list[Point]) -> None:
 
 
 def test_three_warnings_of_the_time_limit(make: Make, undisturbed: list[Point]) -> None:
-    scenario = make(NO_CHECK)
+    scenario = make(NO_CHECK, RANKS)
     job_id = scenario.submit()
     for life in range(3):
         scenario.wait_for_step(60 * (life + 1))
@@ -43,7 +43,7 @@ def test_three_warnings_of_the_time_limit(make: Make, undisturbed: list[Point]) 
     [pytest.param(fault, id=fault.name, marks=() if fault.in_short else full) for fault in FAULTS],
 )
 def test_faults(make: Make, undisturbed: list[Point], fault: Fault) -> None:
-    scenario = make(NO_CHECK, *fault.cluster, overrides=fault.overrides)
+    scenario = make(NO_CHECK, RANKS, *fault.cluster, overrides=fault.overrides)
     scenario.submit()
     scenario.wait_for_step(90)
     loss = scenario.disturb(lambda: fault.play(scenario), needs_life=fault.needs_life)
@@ -56,7 +56,8 @@ def test_faults(make: Make, undisturbed: list[Point], fault: Fault) -> None:
 
 
 def test_gives_up_where_no_life_gets_anywhere(make: Make) -> None:
-    scenario = make(NO_CHECK, overrides=["checkpoint.every=100000"])
+    one_rank = ("nodes = 1", "ranks_per_node = 1")
+    scenario = make(NO_CHECK, *one_rank, overrides=["checkpoint.every=100000"])
     scenario.submit()
     for life in range(3):
         scenario.wait_for_event("started", life + 1)

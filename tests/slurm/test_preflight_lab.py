@@ -153,6 +153,7 @@ def test_a_full_disk_and_a_wrong_clock_are_named(
     assert preflight.lab.job_state(job) == "FAILED"
 
 
+@full
 def test_a_cable_cut_between_two_checks_is_named(preflight: Preflight) -> None:
     job = preflight.submit(ONE_STEP, 3, 1, ("--timeout-seconds", "60"), WAITS_BEFORE_ALL_REDUCE)
     ready = preflight.folder / "node1"
