@@ -51,23 +51,18 @@ def _refuse(value: object) -> str:
 
 def member_of(hint: Any, data: Any) -> Any:
     """Return the member of a (tagged, optional, annotated) union that `data` selects."""
-    if get_origin(hint) is Annotated:
-        hint = get_args(hint)[0]
-    if get_origin(hint) not in (typing.Union, types.UnionType):
-        return hint
-    members = _members(hint)
+    alternatives = _alternatives(hint)
+    members = [member for member in alternatives if dataclasses.is_dataclass(member)]
     kind = data.get("kind") if isinstance(data, dict) else None
     named = [member for member in members if kind in _tags(member)]
-    return (named or members or get_args(hint))[0]
+    return (named or members or alternatives)[0]
 
 
-def _members(hint: Any) -> list[Any]:
-    """Return the classes of a (tagged, optional, annotated) union; none where it is no union."""
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    """Return the types of a (tagged, optional, annotated) union; the one type of anything else."""
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
-    if get_origin(hint) not in (typing.Union, types.UnionType):
-        return []
-    return [member for member in get_args(hint) if dataclasses.is_dataclass(member)]
+    return get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def _tags(member: Any) -> tuple[Any, ...]:
@@ -195,7 +190,11 @@ def _damaged(hint: Any, data: Any, table: LayeredTable, at: str) -> Any | None:
     member = member_of(hint, data)
     if not (isinstance(member, type) and dataclasses.is_dataclass(member)):
         return None
-    others = [other for other in _members(hint) if other is not member]
+    others = [
+        other
+        for other in _alternatives(hint)
+        if other is not member and dataclasses.is_dataclass(other)
+    ]
     part = _read(member, data, table, f"{at}.", others)
     if "kind" in part.unsound:
         return None  # it may have been meant to be another class

@@ -61,6 +61,16 @@ def sound_or(read: Callable[[], T], instead: T) -> T:
         return instead
 
 
+def known_size(read: Callable[[], int]) -> int | None:
+    """Return a size; None where it is itself wrong, so that nothing is held against it.
+
+    Args:
+        read: reads the size.
+    """
+    size = sound_or(read, 0)
+    return size if size >= 1 else None
+
+
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def config(cls: type[T]) -> type[T]:
     """Turn a class into a configuration section.

@@ -96,7 +96,10 @@ class DeepSpeedConfig:
             where: dotted key of this section.
         """
         checks = (
-            *(_stage_problems, _reduce_problems, _masters_problems, _weights_problems),
+            _stage_problems,
+            _reduce_problems,
+            _masters_problems,
+            _weights_problems,
             _halves_problems,
         )
         return collect_problems(

@@ -14,7 +14,7 @@ from mpotrain.models.network import (
     size_problems,
 )
 from mpotrain.models.sites import ParameterInfo, Site, site_parameters
-from mpotrain.nn.config import DenseSite, SiteConfig, site_problems
+from mpotrain.nn.config import DenseSite, SiteConfig
 from mpotrain.nn.moe.config import MoEConfig
 from mpotrain.nn.sharing_config import (
     BLOCK_FAMILIES,
@@ -330,10 +330,6 @@ class EncoderConfig(NetworkConfig):
         shapes = sound_or(self.site_shapes, none)
         shapes = {family: shape for family, shape in shapes.items() if min(shape) >= 1}
         return self.adapter.problems(where, shapes)
-
-    def _site_problems(self, where: str, family: str) -> list[str]:
-        choice, shape = getattr(self.sites, family), self.site_shapes()[family]
-        return site_problems(choice, shape, f"{where}.sites.{family}") if min(shape) >= 1 else []
 
     def _tensorized(self) -> list[str]:
         return [f for f in BLOCK_FAMILIES if getattr(self.sites, f).kind != "dense"]

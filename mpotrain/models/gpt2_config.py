@@ -12,18 +12,18 @@ from functools import partial
 from typing import ClassVar, Literal
 
 from mpotrain.models.network import (
+    FEED_FORWARD,
     NetworkConfig,
     Objective,
     head_problems,
-    known_size,
     positive_problems,
     size_problems,
 )
 from mpotrain.models.sites import ParameterInfo, Site, site_parameters
-from mpotrain.nn.config import DenseSite, SiteConfig, site_problems
+from mpotrain.nn.config import DenseSite, SiteConfig
 from mpotrain.nn.moe.config import MoEConfig
 from mpotrain.sample import SampleLengths
-from mpotrain.schema import collect_problems, config
+from mpotrain.schema import collect_problems, config, known_size
 
 SITE_NAMES = ("embedding", "qkv", "attention_out", "c_fc", "c_proj")
 SIZE_KEYS = (
@@ -35,8 +35,6 @@ SIZE_KEYS = (
     "ffn_size",
 )
 """Keys of a model that are sizes."""
-FEED_FORWARD = ("c_fc", "c_proj")
-"""Families that a mixture of experts replaces in its block."""
 
 
 @config
@@ -221,16 +219,3 @@ class GPT2Config(NetworkConfig):
             known_size(lambda: self.ffn_size),
             known_size(lambda: self.num_layers),
         )
-
-    def _useless_problems(self, where: str, family: str) -> list[str]:
-        choice = getattr(self.sites, family)
-        if self.moe is None or self.moe.every != 1 or choice == DenseSite():
-            return []
-        return [
-            f"{where}.sites.{family}: has no effect, every block has a mixture of experts "
-            f"instead; leave it out and describe the experts in {where}.moe.{family}"
-        ]
-
-    def _site_problems(self, where: str, family: str) -> list[str]:
-        choice, shape = getattr(self.sites, family), self.site_shapes()[family]
-        return site_problems(choice, shape, f"{where}.sites.{family}")

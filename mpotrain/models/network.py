@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import ClassVar, Literal
 
 from mpotrain.models.sites import ParameterInfo, Site
+from mpotrain.nn.config import DenseSite, site_problems
 from mpotrain.nn.moe.config import MoEConfig
 from mpotrain.sample import SampleLengths
-from mpotrain.schema import collect_problems, sound_or
+from mpotrain.schema import collect_problems
 
 Objective = Literal["causal", "masked", "span_corruption"]
 """What a network learns: the next token, masked tokens, or masked spans."""
 ROUTER = "router"
 """Family of the matrices that choose experts."""
+FEED_FORWARD = ("c_fc", "c_proj")
+"""Families that a mixture of experts replaces in its block."""
 
 
 class NetworkConfig:
@@ -34,8 +37,17 @@ class NetworkConfig:
 
     @property
     @abstractmethod
+    def sites(self) -> object:
+        """Representation of each family of matrices, an attribute for each."""
+
+    @property
+    @abstractmethod
     def longest_sequence(self) -> int | None:
         """Most tokens of a sequence that the network reads; None where there is no bound."""
+
+    @abstractmethod
+    def site_shapes(self) -> dict[str, tuple[int, int]]:
+        """Return the shape (in, out) of each family that may be tensorized."""
 
     @abstractmethod
     def all_sites(self) -> list[Site]:
@@ -118,6 +130,19 @@ class NetworkConfig:
         """Return `flops_per_sample` over the tokens that the network reads of a sample."""
         return self.flops_per_sample(lengths) // lengths.inputs
 
+    def _site_problems(self, where: str, family: str) -> list[str]:
+        choice, shape = getattr(self.sites, family), self.site_shapes()[family]
+        return site_problems(choice, shape, f"{where}.sites.{family}") if min(shape) >= 1 else []
+
+    def _useless_problems(self, where: str, family: str) -> list[str]:
+        choice = getattr(self.sites, family)
+        if self.moe is None or self.moe.every != 1 or choice == DenseSite():
+            return []
+        return [
+            f"{where}.sites.{family}: has no effect, every block has a mixture of experts "
+            f"instead; leave it out and describe the experts in {where}.moe.{family}"
+        ]
+
 
 def size_problems(
     config: object, where: str, keys: Sequence[str], rates: Sequence[str]
@@ -158,16 +183,6 @@ def positive_problems(config: object, where: str, keys: Sequence[str]) -> list[s
         return [] if value > 0 else [f"{where}.{name}: must be positive, is {value}"]
 
     return collect_problems(*(partial(check, name) for name in keys))
-
-
-def known_size(read: Callable[[], int]) -> int | None:
-    """Return a size; None where it is itself wrong, so that nothing is held against it.
-
-    Args:
-        read: reads the size.
-    """
-    size = sound_or(read, 0)
-    return size if size >= 1 else None
 
 
 def head_problems(hidden_size: int, num_heads: int, where: str) -> list[str]:

@@ -7,17 +7,17 @@ from functools import partial
 from typing import ClassVar, Literal
 
 from mpotrain.models.network import (
+    FEED_FORWARD,
     NetworkConfig,
     Objective,
-    known_size,
     positive_problems,
     size_problems,
 )
 from mpotrain.models.sites import ParameterInfo, Site, site_parameters
-from mpotrain.nn.config import DenseSite, SiteConfig, site_problems
+from mpotrain.nn.config import DenseSite, SiteConfig
 from mpotrain.nn.moe.config import MoEConfig
 from mpotrain.sample import SampleLengths, Stream
-from mpotrain.schema import collect_problems, config
+from mpotrain.schema import collect_problems, config, known_size
 
 SIZE_KEYS = (
     "vocab_size",
@@ -30,8 +30,6 @@ SIZE_KEYS = (
     "relative_distance",
 )
 ATTENTION = ("query", "key", "value", "attention_out")
-FEED_FORWARD = ("c_fc", "c_proj")
-"""Families that a mixture of experts replaces in its block."""
 SITE_NAMES = ("embedding", *ATTENTION, *FEED_FORWARD)
 """Families of `T5Sites`."""
 MODULES = {"query": "query", "key": "key", "value": "value", "attention_out": "out"}
@@ -274,19 +272,6 @@ class T5Config(NetworkConfig):
             f"{where}.relative_distance {distance}: a quarter counts single distances, a quarter "
             "larger ones, for each direction"
         ]
-
-    def _useless_problems(self, where: str, family: str) -> list[str]:
-        choice = getattr(self.sites, family)
-        if self.moe is None or self.moe.every != 1 or choice == DenseSite():
-            return []
-        return [
-            f"{where}.sites.{family}: has no effect, every block has a mixture of experts "
-            f"instead; leave it out and describe the experts in {where}.moe.{family}"
-        ]
-
-    def _site_problems(self, where: str, family: str) -> list[str]:
-        choice, shape = getattr(self.sites, family), self.site_shapes()[family]
-        return site_problems(choice, shape, f"{where}.sites.{family}") if min(shape) >= 1 else []
 
     def _mixture_problems(self, where: str) -> list[str]:
         if self.moe is None:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mpotrain.engine.config import CentralMaskConfig
-from mpotrain.schema import Check, collect_problems, config, sound_or
+from mpotrain.schema import Check, collect_problems, config, known_size
 from mpotrain.train.schedule_config import (
     ConstantConfig,
     CosineConfig,
@@ -295,8 +295,7 @@ def _profile_problems(train: TrainConfig, where: str) -> list[str]:
 
 def _known_steps(train: TrainConfig) -> int:
     # A wrong number of steps is one mistake, not one more for everything that ends with them.
-    steps = sound_or(lambda: train.steps, 0)
-    return steps if steps > 0 else sys.maxsize
+    return known_size(lambda: train.steps) or sys.maxsize
 
 
 def _moment_checks(optimizer: AdamWConfig | LambConfig, where: str) -> tuple[Check, ...]:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mpotrain.errors import SpecError
-from mpotrain.schema import collect_problems, config, sound_or
+from mpotrain.schema import collect_problems, config, known_size
 from mpotrain.tensor.device import DeviceProfile, DType
 from mpotrain.tensor.expert_plan import ExpertPlan, MergePrecision, plan_experts
 from mpotrain.tensor.experts import asymmetric_spec
@@ -269,11 +269,11 @@ class MoEConfig:
             ffn_size: width between the two matrices of an expert.
             num_layers: blocks of the model.
         """
-        experts = sound_or(lambda: self.num_experts, 0)
+        experts = known_size(lambda: self.num_experts)
         return collect_problems(
             lambda: self._number_problems(where),
             lambda: self._interval_problems(where, num_layers),
-            lambda: self.router.problems(f"{where}.router", experts if experts >= 1 else None),
+            lambda: self.router.problems(f"{where}.router", experts),
             lambda: _operator_problems(self.c_fc, hidden_size, ffn_size, f"{where}.c_fc"),
             lambda: _operator_problems(self.c_proj, ffn_size, hidden_size, f"{where}.c_proj"),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -54,6 +54,16 @@ def problems_of(path: Path, *overrides: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides)
     return [line.partition(": ")[2] for line in caught.value.problems]
+
+
+def keys_of(load: Callable[[Path], object], tmp_path: Path, lines: list[str]) -> list[str]:
+    """Return the dotted keys that are told about a file, in the order of letters."""
+    path = tmp_path / "file.toml"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    told = [line.removeprefix(f"{path}: ") for line in caught.value.problems]
+    return sorted(line.partition(":")[0] for line in told)
 
 
 def test_mistakes_in_three_sections_come_in_one_message(tmp_path: Path) -> None:
@@ -193,12 +203,7 @@ def test_an_unknown_key_in_a_stage_of_a_sweep_is_told(tmp_path: Path) -> None:
 def test_one_key_of_a_cluster_file_does_not_hide_its_neighbours(
     tmp_path: Path, lines: list[str], expected: list[str]
 ) -> None:
-    path = tmp_path / "cluster.toml"
-    path.write_text("\n".join(lines))
-    with pytest.raises(ConfigError) as caught:
-        load_cluster(path)
-    found = [line.removeprefix(f"{path}: ").partition(":")[0] for line in caught.value.problems]
-    assert sorted(found) == sorted(expected)
+    assert keys_of(load_cluster, tmp_path, lines) == sorted(expected)
 
 
 @pytest.mark.parametrize(
@@ -222,12 +227,7 @@ def test_one_key_of_a_cluster_file_does_not_hide_its_neighbours(
 def test_one_key_of_a_sweep_file_does_not_hide_its_neighbours(
     tmp_path: Path, lines: list[str], expected: list[str]
 ) -> None:
-    path = tmp_path / "sweep.toml"
-    path.write_text("\n".join(lines))
-    with pytest.raises(ConfigError) as caught:
-        load_sweep(path)
-    found = [line.removeprefix(f"{path}: ").partition(":")[0] for line in caught.value.problems]
-    assert sorted(found) == sorted(expected)
+    assert keys_of(load_sweep, tmp_path, lines) == sorted(expected)
 
 
 @pytest.mark.parametrize(
